@@ -1,0 +1,72 @@
+"""Linux userfaultfd for Python, at C speed: page faults arrive as numpy records and are served without the GIL."""
+
+from userfault import sources
+from userfault._consts import MSG_DTYPE, PAGE_SIZE, V1_DTYPE, V2_DTYPE
+from userfault._reader import EventReader, as_v2
+from userfault._regions import RegionTable
+from userfault._touch import touch
+from userfault.errors import (
+    BusyError,
+    ChangingError,
+    ClosedError,
+    EndOfRecordsError,
+    ForkedError,
+    NotRegisteredError,
+    OverlapError,
+    PageExistsError,
+    ProcessGoneError,
+    RangeError,
+    RecordError,
+    SourceError,
+    TruncatedRecordError,
+    UffdError,
+    UnavailableError,
+    UnsupportedError,
+    UserfaultError,
+)
+from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit
+from userfault.negotiation import Capabilities, probe
+from userfault.region import Region
+from userfault.service import Failure, FaultService, latency_percentile
+from userfault.uffd import Userfaultfd
+
+__all__ = [
+    "MSG_DTYPE",
+    "PAGE_SIZE",
+    "V1_DTYPE",
+    "V2_DTYPE",
+    "Api",
+    "BusyError",
+    "Capabilities",
+    "ChangingError",
+    "ClosedError",
+    "EndOfRecordsError",
+    "EventReader",
+    "Failure",
+    "FaultService",
+    "Feature",
+    "ForkedError",
+    "Ioctl",
+    "NotRegisteredError",
+    "OverlapError",
+    "PageExistsError",
+    "ProcessGoneError",
+    "RangeError",
+    "RecordError",
+    "Region",
+    "RegionTable",
+    "RegisterMode",
+    "RfcBit",
+    "SourceError",
+    "TruncatedRecordError",
+    "UffdError",
+    "UnavailableError",
+    "UnsupportedError",
+    "Userfaultfd",
+    "UserfaultError",
+    "as_v2",
+    "latency_percentile",
+    "probe",
+    "sources",
+    "touch",
+]

@@ -1,0 +1,298 @@
+"""`Userfaultfd`: one descriptor, its regions, and every ioctl."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from userfault import _consts as c
+from userfault import _ioctl, _mapping
+from userfault._descriptor import Descriptor
+from userfault._engine import Engine
+from userfault._regions import RegionTable
+from userfault._source import refuse_live_buffers
+from userfault.errors import RangeError, UnsupportedError
+from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit, names
+from userfault.negotiation import Features, negotiate_on
+from userfault.opening import open_userfaultfd
+from userfault.procmaps import vmas
+from userfault.region import Region
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from userfault.service import FaultService
+
+
+class Userfaultfd:
+    """A userfaultfd of this process.
+
+    Args:
+        api: "auto", "v1", "v2" or "msg": the record format. "auto" is v2 on an RFC kernel, else msg.
+        features: what to ask of msg: `Feature` flags, all of which the kernel must have; "all" for every
+            reporting feature and event that it has (never SIGBUS or WP_ASYNC); or None for THREAD_ID,
+            MOVE and POISON where it has them.
+
+    Raises UnavailableError when no userfaultfd can be opened, UnsupportedError when the kernel lacks what
+    was asked for (both say what there is), ValueError for an unknown api.
+
+    Bound to the process that made it: in a fork child, close() and leaving a `with` block do nothing to
+    the parent, and other calls raise ForkedError. Sources: userfaultfd(2), ioctl_userfaultfd(2).
+    """
+
+    def __init__(self, api: str = "auto", features: Features = None) -> None:
+        fd, self.opened_by = open_userfaultfd()
+        try:
+            self.agreement = negotiate_on(fd, api, features)
+            self._descriptor = Descriptor(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.regions = RegionTable()
+        self._alive: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
+        self._registered: dict[int, Region] = {}  # the caller's memory: held until unregistered
+        self._engine: Engine | None = None
+        self._service: FaultService | None = None
+
+    @property
+    def api(self) -> Api:
+        """The record format agreed on."""
+        return self.agreement.api
+
+    @property
+    def features(self) -> Feature | RfcBit:
+        """The features agreed on; for v1 and v2 the bits that the kernel answered."""
+        return self.agreement.features
+
+    @property
+    def ioctls(self) -> Ioctl:
+        """The ioctls that UFFDIO_API answered."""
+        return self.agreement.ioctls
+
+    @property
+    def closed(self) -> bool:
+        return self._descriptor.closed
+
+    def fileno(self) -> int:
+        """The descriptor's number, for poll and select. Raises ClosedError or ForkedError."""
+        return self._descriptor.check()
+
+    # -- regions ---------------------------------------------------------------------------------
+
+    def map(self, length: int, mode: RegisterMode = RegisterMode.MISSING) -> Region:
+        """Map `length` bytes of private anonymous memory, 2 MiB-aligned, and register it.
+
+        A fork child does not get the memory (MADV_DONTFORK): it would read zeros where pages are missing.
+        Raises RangeError unless the length is whole pages; UffdError for want of memory or mappings.
+        """
+        mapping = _mapping.Mapping(length)
+        number, ioctls = self._register(mapping.start, length, mode)
+        mapping.attach(self._descriptor, self.regions)
+        weakref.finalize(mapping, _forget, weakref.ref(self), number).atexit = False
+        return self._region(number, mapping.start, length, mode, ioctls, mapping, True)
+
+    def register(
+        self,
+        memory: int | Buffer,
+        length: int | None = None,
+        mode: RegisterMode = RegisterMode.MISSING,
+    ) -> Region:
+        """Register memory of one's own: an address and a length, or a writable buffer.
+
+        It must be private anonymous memory, whole pages, and live until it is unregistered; a buffer is held
+        until then. Fork children do not get it (as in `map`). After close() its missing pages fail closed.
+
+        Raises RangeError (misaligned, empty, not mapped), OverlapError (registered here already),
+        UnsupportedError (shared, file-backed, huge-page, heap or stack memory), SourceError (it is the
+        memory of a Buffer source), UffdError (EBUSY: registered elsewhere), TypeError for a read-only buffer.
+        """
+        view = None
+        if isinstance(memory, int):
+            if length is None:
+                raise TypeError("an address needs a length")
+            start = memory
+        else:
+            if length is not None:
+                raise TypeError("a buffer brings its own length")
+            view = memoryview(memory)
+            if view.readonly:
+                raise TypeError("the buffer is read-only: its pages could not be filled")
+            flat = np.frombuffer(view, np.uint8)
+            start, length = flat.ctypes.data, flat.nbytes
+        _ioctl.check_range(start, length)
+        _check_ordinary(start, length)
+        refuse_live_buffers(start, start + length)
+        number, ioctls = self._register(start, length, mode)
+        _mapping.inherit(start, length, False)
+        region = self._region(number, start, length, mode, ioctls, view, False)
+        self._registered[number] = region
+        return region
+
+    def _register(self, start: int, length: int, mode: RegisterMode) -> tuple[int, Ioctl]:
+        mode = RegisterMode(mode)
+        if self._service is not None and mode != RegisterMode.MISSING:
+            raise UnsupportedError(errno.EOPNOTSUPP, f"a FaultService serves missing pages only, not {names(mode)}")
+        with self._descriptor as fd:
+            # First into the table, so that no fault of it can come from an unknown address.
+            number = self.regions.add(start, length)
+            try:
+                return number, Ioctl(_ioctl.register(fd, start, length, mode))
+            except BaseException:
+                self.regions.remove(start, length)
+                raise
+
+    def _region(self, number: int, *rest: Any) -> Region:
+        region = Region(self, number, *rest)
+        self._alive[number] = region
+        return region
+
+    def _unregister(self, region: Region) -> None:
+        with self._descriptor as fd:
+            _ioctl.unregister(fd, region.start, region.length)
+        self.regions.remove(region.start, region.length)
+        if region._mapped:
+            region._memory.detach()  # type: ignore[union-attr]
+        else:
+            _mapping.inherit(region.start, region.length, True)
+        self._registered.pop(region.id, None)
+        if self._engine is not None:
+            self._engine.forget(region.id)
+
+    def _close_region(self, region: Region) -> None:
+        if os.getpid() != self._descriptor.pid:
+            return
+        if self._engine is not None:
+            self._engine.detach(region.id, region.start, region.length)
+        region._release()
+
+    # -- life cycle ------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close. Idempotent; in a fork child nothing but the child's copy of the descriptor is closed.
+
+        An open FaultService is closed first. Mapped regions without views are unmapped. While views or
+        registered memory remain, a keeper thread holds the descriptor and poisons each missing page that is
+        touched, so that nothing waits for ever and nothing reads zeros. Readers wake with ClosedError.
+        """
+        if self.closed:
+            return
+        if os.getpid() == self._descriptor.pid:
+            if self._service is not None:
+                self._service.close()
+            for region in list(self._alive.values()):
+                region._release()
+            if len(self.regions):
+                self._ensure_engine(as_keeper=True)
+            if self._engine is not None:
+                self._engine.retire()
+        self._descriptor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # At interpreter exit, what is served stays served until the process is gone.
+        if hasattr(self, "_service") and not sys.is_finalizing():
+            self.close()
+
+    def _ensure_engine(self, as_keeper: bool) -> Engine:
+        engine = self._engine
+        if engine is not None and engine.alive() and (as_keeper or engine.adopt()):
+            return engine
+        can_poison = self.api == Api.MSG and Feature.POISON in Feature(self.agreement.available)
+        engine = Engine(self._descriptor, self.regions, self.api, can_poison)
+        engine.keep["registered"] = self._registered
+        engine.start(as_keeper)
+        self._engine = engine
+        return engine
+
+    # -- ioctls ----------------------------------------------------------------------------------
+    #
+    # Each returns the bytes completed where the kernel says so, and raises RangeError for a range that is
+    # not whole pages, ClosedError, ForkedError, or UffdError: PageExistsError (EEXIST), ChangingError
+    # (EAGAIN), NotRegisteredError (ENOENT), ProcessGoneError (ESRCH), whose `done` says how far it came.
+
+    def copy(self, dst: int, buffer: Buffer, *, wake: bool = True, write_protect: bool = False) -> int:
+        """Fill missing pages from `dst` on with the buffer's bytes (whole pages), and wake their faulters."""
+        flat = np.frombuffer(buffer, np.uint8)
+        mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_COPY_MODE_WP if write_protect else 0)
+        with self._descriptor as fd:
+            return _ioctl.copy(fd, dst, flat.ctypes.data, flat.nbytes, mode)
+
+    def zeropage(self, start: int, length: int, *, wake: bool = True) -> int:
+        """Fill missing pages with zeros, and wake their faulters."""
+        with self._descriptor as fd:
+            return _ioctl.zeropage(fd, start, length, 0 if wake else c.UFFDIO_MODE_DONTWAKE)
+
+    def wake(self, start: int, length: int) -> None:
+        """Wake every thread that sleeps in the range; what is still missing faults again."""
+        with self._descriptor as fd:
+            _ioctl.wake(fd, start, length)
+
+    def continue_(self, start: int, length: int, *, wake: bool = True, write_protect: bool = False) -> int:
+        """Map pages that are in the page cache already (minor faults)."""
+        mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_CONTINUE_MODE_WP if write_protect else 0)
+        with self._descriptor as fd:
+            return _ioctl.continue_(fd, start, length, mode)
+
+    def writeprotect(self, start: int, length: int, *, protect: bool = True, wake: bool = True) -> None:
+        """Arm write protection, or with protect=False lift it and wake the writers that sleep there."""
+        mode = c.UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
+        # Arming wakes nobody, and the kernel refuses DONTWAKE with it.
+        mode |= 0 if wake or protect else c.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
+        with self._descriptor as fd:
+            _ioctl.writeprotect(fd, start, length, mode)
+
+    def poison(self, start: int, length: int, *, wake: bool = True) -> int:
+        """Make missing pages raise SIGBUS when touched (Linux 6.6)."""
+        with self._descriptor as fd:
+            return _ioctl.poison(fd, start, length, 0 if wake else c.UFFDIO_MODE_DONTWAKE)
+
+    def move(self, dst: int, src: int, length: int, *, wake: bool = True, allow_holes: bool = False) -> int:
+        """Move pages of this process from `src`, which loses them, to `dst` without copying (Linux 6.8)."""
+        mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES if allow_holes else 0)
+        with self._descriptor as fd:
+            return _ioctl.move(fd, dst, src, length, mode)
+
+
+def _forget(userfaultfd: weakref.ref[Userfaultfd], number: int) -> None:
+    owner = userfaultfd()
+    if owner is not None and owner._engine is not None:
+        owner._engine.forget(number)
+
+
+def _check_ordinary(start: int, length: int) -> None:
+    """Refuse what a service cannot serve, or what others share without knowing."""
+    reached = start
+    for vma in vmas(start, start + length):
+        if vma.start > reached:
+            break
+        reached = vma.end
+        what = ""
+        if "s" in vma.permissions:
+            what = "shared memory"
+        elif "ht" in vma.flags:
+            what = "huge-page memory (hugetlbfs)"
+        elif vma.name in ("[heap]", "[stack]"):
+            what = f"memory of the {vma.name[1:-1]}, whose pages other objects share"
+        elif vma.name and not vma.name.startswith("[anon"):
+            what = f"a mapping of {vma.name}"
+        if what:
+            raise UnsupportedError(
+                errno.EOPNOTSUPP,
+                f"[{start:#x}, +{length:#x}) is {what}: register private anonymous memory, as Userfaultfd.map "
+                "or mmap.mmap(-1, n, flags=MAP_PRIVATE|MAP_ANONYMOUS) gives",
+            )
+    if reached < start + length:
+        raise RangeError(f"[{start:#x}, +{length:#x}) is not all mapped: {reached:#x} is not")

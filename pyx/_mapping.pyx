@@ -1,0 +1,92 @@
+"""`Mapping`: anonymous memory that lives exactly as long as somebody can see it.
+
+Arrays over it hold it through the buffer protocol, so the last view's death unregisters and unmaps.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.errno cimport errno
+from libc.stdint cimport uint64_t
+
+from userfault._abi cimport getpid
+from userfault._descriptor cimport Descriptor
+from userfault._errno cimport error_for
+from userfault._ioctl cimport check_range, uffd_unregister
+from userfault._regions cimport RegionTable
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
+    int munmap(void *address, size_t length)
+    int c_madvise "madvise"(void *address, size_t length, int advice)
+    int PROT_READ, PROT_WRITE
+    int MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    int MADV_DONTFORK, MADV_DOFORK, MADV_NOHUGEPAGE
+
+cdef uint64_t HUGE = 2 << 20
+
+
+@cython.no_gc
+cdef class Mapping:
+    """`length` bytes of private anonymous memory, 2 MiB-aligned and absent from fork children.
+
+    Raises RangeError for a length that is not whole pages, UffdError (ENOMEM) when there is no room.
+    """
+
+    def __cinit__(self, uint64_t length):
+        check_range(0, length)
+        check_range(HUGE, length + HUGE)
+        # Room for the alignment, cut off again below. NORESERVE: regions may be larger than memory.
+        cdef char *room = <char *>mmap(NULL, length + HUGE, PROT_READ | PROT_WRITE,
+                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if <void *>room == <void *>-1:
+            raise error_for(f"mmap of {length} bytes", errno)
+        cdef uint64_t head = -<uint64_t>room % HUGE
+        if head:
+            munmap(room, head)
+        munmap(room + head + length, HUGE - head)
+        self.start = <uint64_t>room + head
+        self.length = length
+        self.pid = getpid()
+        # A child of a fork would read zeros where pages are missing; without the memory it faults.
+        if c_madvise(<void *>self.start, length, MADV_DONTFORK) != 0:
+            raise error_for("madvise(MADV_DONTFORK)", errno)
+
+    def attach(self, Descriptor descriptor not None, RegionTable table not None):
+        """Take note that the memory is registered: the end of the mapping takes it back."""
+        descriptor.hold()
+        self.descriptor = descriptor
+        self.table = table
+        # After registering, so that khugepaged cannot have filled the range with zeros before. A kernel
+        # without transparent huge pages answers EINVAL and has no khugepaged to keep away.
+        c_madvise(<void *>self.start, self.length, MADV_NOHUGEPAGE)
+
+    def detach(self):
+        """Take note that the memory was unregistered. Nothing happens when it was not attached."""
+        if self.descriptor is not None:
+            self.descriptor.release()
+            self.descriptor = None
+            self.table = None
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, <void *>self.start, self.length, 0, flags)
+
+    def __dealloc__(self):
+        if self.start == 0:
+            return
+        # A fork child has none of this memory (DONTFORK), and may have other memory at the address.
+        if getpid() == self.pid:
+            if self.descriptor is not None:
+                self.table.drop(self.start, self.start + self.length)
+                # First unregister: with the unmap event on, munmap would wait for a reader.
+                uffd_unregister(self.descriptor.fd, self.start, self.length)
+            munmap(<void *>self.start, self.length)
+        if self.descriptor is not None:
+            self.descriptor.kick()
+            self.descriptor.release()
+
+
+def inherit(uint64_t start, uint64_t length, bint inherited):
+    """MADV_DOFORK or MADV_DONTFORK: whether fork children get the range. Raises UffdError."""
+    check_range(start, length)
+    if c_madvise(<void *>start, length, MADV_DOFORK if inherited else MADV_DONTFORK) != 0:
+        raise error_for("madvise(MADV_DONTFORK)", errno)
