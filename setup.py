@@ -8,9 +8,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext as _build_ext
+from setuptools.modified import newer_group
 
+DECLARATIONS = [path.as_posix() for path in (*Path("python/userfault").glob("*.pxd"), *Path("pyx").glob("*.h"))]
 EXTENSIONS = [
-    Extension(f"userfault.{source.stem}", [source.as_posix()], extra_compile_args=["-O3"])
+    Extension(f"userfault.{source.stem}", [source.as_posix()], depends=DECLARATIONS, extra_compile_args=["-O3"])
     for source in sorted(Path("pyx").glob("*.pyx"))
 ]
 
@@ -25,6 +27,8 @@ class build_ext(_build_ext):
             self.extensions,
             include_path=["python"],
             build_dir=str(Path(self.build_temp, "cython")),
+            # Cython does not see that pyx/_name.pyx depends on userfault/_name.pxd.
+            force=any(newer_group(DECLARATIONS, self.get_ext_fullpath(e.name)) for e in self.extensions),
             compiler_directives={
                 "language_level": 3,
                 "boundscheck": False,

@@ -84,7 +84,7 @@ cdef inline size_t bucket(uint64_t ns) noexcept nogil:
 
 
 cdef uint64_t bucket_start(int i):
-    return i if i < 16 else (8 + i % 8) << (i // 8 - 1)
+    return i if i < 16 else <uint64_t>(8 + i % 8) << (i // 8 - 1)
 
 
 cdef extern from *:

@@ -112,7 +112,7 @@ cdef class EventReader:
             api = str(source.api)
             self.framed = True
             fd = self.parent.check()
-        elif api not in DTYPES:
+        elif not isinstance(api, str) or api not in DTYPES:
             raise ValueError(f"a bare descriptor needs api= one of {', '.join(DTYPES)}, not {api!r}")
         else:
             fd = source if isinstance(source, int) else source.fileno()
@@ -131,7 +131,7 @@ cdef class EventReader:
                 with socket.socket(fileno=os.dup(fd)) as peer:
                     self.framed = peer.type != socket.SOCK_STREAM
         self.own = Descriptor(fd, borrowed=True)
-        self.api = api
+        self.api = str(api)
         self.dtype = DTYPES[api]
         self.capacity = capacity
         self.record = <size_t>self.dtype.itemsize

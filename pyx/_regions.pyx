@@ -471,7 +471,9 @@ cdef class RegionTable:
             raise ValueError(f"starts and lengths must be 1-D and equally long, "
                              f"not {starts.shape} and {lengths.shape}")
         cdef size_t n = starts.shape[0]
-        bad = np.flatnonzero((lengths == 0) | ((starts | lengths) % PAGE_SIZE != 0) | (starts + lengths < starts))
+        ends = starts + lengths
+        bad = np.flatnonzero((lengths == 0) | ((starts | lengths) % PAGE_SIZE != 0)
+                             | (ends < starts) | (ends > np.uint64(INT64_MAX)))
         if bad.size:
             check_range(starts[bad[0]], lengths[bad[0]])
         held = self.ranges()

@@ -35,7 +35,7 @@ cdef class Engine:
     cdef Descriptor descriptor
     cdef RegionTable table
     cdef readonly dict keep     # what must live while the engine may use it
-    cdef object thread
+    cdef readonly object thread
     cdef int wire
     cdef bint can_poison
     cdef int state

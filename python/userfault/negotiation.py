@@ -6,6 +6,7 @@ refuses it, and 0xAA means msg. A refused call leaves the descriptor usable for 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Literal
 
 from userfault import _consts as c
 from userfault import _ioctl
-from userfault.errors import UnavailableError, UnsupportedError
+from userfault.errors import UffdError, UnavailableError, UnsupportedError
 from userfault.flags import Api, Feature, Ioctl, RfcBit, names
 from userfault.opening import Way, open_userfaultfd, ways
 
@@ -27,6 +28,11 @@ DEFAULT = Feature.THREAD_ID | Feature.MOVE | Feature.POISON
 # SIGBUS silences every record, WP_ASYNC every write-protect record.
 SILENCING = Feature.SIGBUS | Feature.WP_ASYNC
 _KNOWN = Feature(sum(Feature))
+
+
+def _without(mask: int, other: int) -> int:
+    # On plain integers: an IntFlag's ~ forgets the bits above the highest it knows.
+    return int(mask) & ~int(other)
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,7 @@ class Agreement:
     @property
     def refused(self) -> Feature | RfcBit:
         """What was asked for (by default, or as part of "all") and is not to be had."""
-        return self.asked & ~self.features
-
-
-def _accepts(call: Call, api: int) -> tuple[int, int] | None:
-    try:
-        return call(api, 0)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return None
+        return type(self.asked)(_without(self.asked, self.features))
 
 
 def _unsupported(what: str, has: str) -> UnsupportedError:
@@ -72,38 +69,43 @@ def negotiate(call: Call, throwaway: Call, api: str, features: Features) -> Agre
     """
     if api not in ("auto", *Api):
         raise ValueError(f"api must be auto, v1, v2 or msg, not {api!r}")
-    asked_by_name = features not in (None, "all")
-    if api in (Api.V1, Api.V2) and asked_by_name:
+    by_name = features not in (None, "all")
+    if api in (Api.V1, Api.V2) and by_name:
         raise ValueError(f"{api} has no features to ask for: they are msg's")
-    if api in ("auto", Api.V2) and not (api == "auto" and asked_by_name):
-        if answer := _accepts(call, c.UFFD_API_V2):
-            return _rfc(Api.V2, answer)
-        if api == Api.V2:
-            raise _unsupported("no v2 (0xAB is refused: not an RFC kernel)", "msg")
-    if api == Api.V1:
-        if not _accepts(throwaway, c.UFFD_API_V2):
-            raise _unsupported("no v1 (0xAB is refused: not an RFC kernel)", "msg")
-        answer = call(c.UFFD_API, 0)
-        # An RFC v1 answers page-fault bits; an RFC kernel told to keep 0xAA for msg answers features.
-        if answer[0] & ~(c.UFFD_BIT_WRITE | c.UFFD_BIT_WP):
-            raise _unsupported("no v1 (0xAA speaks msg)", "v2 and msg")
-        return _rfc(Api.V1, answer)
-    return _msg(call, throwaway, features)
-
-
-def _msg(call: Call, throwaway: Call, features: Features) -> Agreement:
+    if api == Api.V2 or (api == "auto" and not by_name):
+        try:
+            return _rfc(Api.V2, call(c.UFFD_API_V2, 0))
+        except OSError as error:
+            if api == Api.V2 and error.errno == errno.EINVAL:
+                raise _unsupported("no v2 (0xAB is refused: not an RFC kernel)", "msg") from None
+            # EPERM: v2 brings fork records, which need CAP_SYS_PTRACE; v1 or msg may do without.
+            if api == Api.V2 or error.errno not in (errno.EINVAL, errno.EPERM):
+                raise
     bits, _ = throwaway(c.UFFD_API, 0)
-    if bits == c.UFFD_BIT_WRITE:
-        raise _unsupported("no msg (0xAA answers as v1 does)", "v1 and v2")
-    available = Feature(bits)
+    # An RFC v1 answers page-fault bits, WRITE at the least; mainline answers features.
+    speaks_v1 = bits & ~(c.UFFD_BIT_WRITE | c.UFFD_BIT_WP) == 0 and bits & c.UFFD_BIT_WRITE
+    if api == Api.V1 and not speaks_v1:
+        try:
+            call(c.UFFD_API_V2, 0)
+        except OSError:
+            raise _unsupported("no v1 (0xAB is refused: not an RFC kernel)", "msg") from None
+        raise _unsupported("no v1 (0xAA speaks msg)", "v2 and msg")
+    if speaks_v1:
+        if api == Api.MSG or by_name:
+            raise _unsupported("no msg (0xAA speaks v1)", "v1 and v2")
+        return _rfc(Api.V1, call(c.UFFD_API, 0))
+    return _msg(call, Feature(bits), features)
+
+
+def _msg(call: Call, available: Feature, features: Features) -> Agreement:
     if features == "all":
         asked = _KNOWN & ~SILENCING
     elif features is None:
         asked = DEFAULT
     else:
         asked = Feature(features)
-        if missing := asked & ~available:
-            raise _unsupported(f"no {names(missing)}", names(available))
+        if missing := _without(asked, available):
+            raise _unsupported(f"no {names(Feature(missing))}", names(available))
     wanted = asked & available
     try:
         _, ioctls = call(c.UFFD_API, wanted)
@@ -157,10 +159,10 @@ def probe() -> Capabilities:
             fd, _ = open_userfaultfd()
         except UnavailableError:
             break
+        # UffdError is EPERM: the kernel speaks it, but not to this process.
         try:
-            found[api] = negotiate_on(fd, api, None)
-        except UnsupportedError:
-            pass
+            with contextlib.suppress(UnsupportedError, UffdError):
+                found[api] = negotiate_on(fd, api, None)
         finally:
             os.close(fd)
     msg, v2 = found.get(Api.MSG), found.get(Api.V2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 from userfault import _consts as c
@@ -51,7 +52,7 @@ def _device() -> int:
         return fcntl.ioctl(device, c.USERFAULTFD_IOC_NEW, _FLAGS)
 
 
-_WAYS = {
+_WAYS: dict[str, Callable[[], int]] = {
     "device": _device,
     "syscall": lambda: _ioctl.open_by_syscall(_FLAGS),
     # Needs no privilege, but faults taken inside a system call fail with EFAULT.

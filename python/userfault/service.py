@@ -109,7 +109,10 @@ class FaultService:
 
     def failures(self) -> list[Failure]:
         """The last pages (up to 1,024) that failed closed, oldest first."""
-        return [Failure(*row[:4], _why(row[3], row[4])) for row in self._engine.failed().tolist()]
+        return [
+            Failure(address, region, offset, error, _why(error, stage))
+            for address, region, offset, error, stage in self._engine.failed().tolist()
+        ]
 
     def unknown(self) -> npt.NDArray[np.void]:
         """The last records (up to 256) that were not page faults, as they came."""

@@ -25,6 +25,7 @@ from userfault.procmaps import vmas
 from userfault.region import Region
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from typing_extensions import Buffer
 
     from userfault.service import FaultService
@@ -99,7 +100,7 @@ class Userfaultfd:
 
     def register(
         self,
-        memory: int | Buffer,
+        memory: int | Buffer | npt.NDArray[Any],
         length: int | None = None,
         mode: RegisterMode = RegisterMode.MISSING,
     ) -> Region:
@@ -223,9 +224,16 @@ class Userfaultfd:
     # not whole pages, ClosedError, ForkedError, or UffdError: PageExistsError (EEXIST), ChangingError
     # (EAGAIN), NotRegisteredError (ENOENT), ProcessGoneError (ESRCH), whose `done` says how far it came.
 
-    def copy(self, dst: int, buffer: Buffer, *, wake: bool = True, write_protect: bool = False) -> int:
+    def copy(
+        self,
+        dst: int,
+        buffer: Buffer | npt.NDArray[Any],
+        *,
+        wake: bool = True,
+        write_protect: bool = False,
+    ) -> int:
         """Fill missing pages from `dst` on with the buffer's bytes (whole pages), and wake their faulters."""
-        flat = np.frombuffer(buffer, np.uint8)
+        flat = np.frombuffer(buffer, np.uint8)  # type: ignore[call-overload]
         mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_COPY_MODE_WP if write_protect else 0)
         with self._descriptor as fd:
             return _ioctl.copy(fd, dst, flat.ctypes.data, flat.nbytes, mode)
@@ -268,7 +276,8 @@ class Userfaultfd:
 
 def _forget(userfaultfd: weakref.ref[Userfaultfd], number: int) -> None:
     owner = userfaultfd()
-    if owner is not None and owner._engine is not None:
+    # Not in a fork child: it has no engine, and may have been forked inside one of the engine's lookups.
+    if owner is not None and owner._engine is not None and owner._descriptor.pid == os.getpid():
         owner._engine.forget(number)
 
 

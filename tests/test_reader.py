@@ -1,0 +1,267 @@
+"""EventReader over pipes, sockets and the real userfaultfd."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from support import Child, pending, touching
+
+import userfault as uf
+from userfault._consts import DTYPES
+
+Pipe = tuple[int, int]
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    ends = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    yield ends
+    for fd in ends:
+        try:
+            os.close(fd)
+        except OSError:
+            pass
+
+
+def records(api: str, n: int) -> np.ndarray:
+    made = np.zeros(n, DTYPES[api])
+    raw = made.view("u1").reshape(n, -1)
+    raw[:] = np.arange(raw.size, dtype=np.uint8).reshape(raw.shape)
+    return made
+
+
+@pytest.mark.parametrize("api", DTYPES)
+@pytest.mark.parametrize("n", [1, 7, 64, 512])
+def test_batches_arrive_whole_and_in_order(pipe: Pipe, api: str, n: int) -> None:
+    sent = records(api, n)
+    os.write(pipe[1], sent.tobytes())
+    reader = uf.EventReader(pipe[0], capacity=512, api=api)
+    got = reader.read()
+    assert got.dtype == sent.dtype
+    assert got.tobytes() == sent.tobytes()
+
+
+def test_one_call_reads_at_most_its_capacity_into_the_same_memory(pipe: Pipe) -> None:
+    sent = records("v2", 10)
+    os.write(pipe[1], sent.tobytes())
+    reader = uf.EventReader(pipe[0], capacity=4, api="v2")
+    first = reader.read()
+    address = first.ctypes.data
+    assert first.tobytes() == sent[:4].tobytes()
+    assert reader.read().ctypes.data == address
+    assert reader.read().tobytes() == sent[8:].tobytes()
+
+
+def test_timeouts(pipe: Pipe) -> None:
+    reader = uf.EventReader(pipe[0], api="v2")
+    assert len(reader.read(0)) == 0
+    before = time.monotonic()
+    assert len(reader.read(0.05)) == 0
+    assert time.monotonic() - before >= 0.05
+    for wrong in (-1, float("nan"), -0.001):
+        with pytest.raises(ValueError, match="timeout"):
+            reader.read(wrong)
+    os.write(pipe[1], records("v2", 1).tobytes())
+    assert len(reader.read(1e12)) == 1
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_waits_for_the_first_record_without_the_gil(pipe: Pipe, blocking: bool) -> None:
+    os.set_blocking(pipe[0], blocking)
+    reader = uf.EventReader(pipe[0], api="v1")
+    threading.Timer(0.05, os.write, (pipe[1], records("v1", 2).tobytes())).start()
+    assert len(reader.read(30)) == 2
+    assert len(reader.read(0)) == 0
+
+
+def test_a_record_split_by_a_stream_is_completed(pipe: Pipe) -> None:
+    sent = records("msg", 3).tobytes()
+    reader = uf.EventReader(pipe[0], api="msg")
+    os.write(pipe[1], sent[:40])
+    assert reader.read().tobytes() == sent[:32]
+    with pytest.raises(uf.TruncatedRecordError, match="8 bytes of a 32-byte msg record") as caught:
+        reader.read(0)
+    assert caught.value.tail == sent[32:40]
+    os.write(pipe[1], sent[40:])
+    assert reader.read().tobytes() == sent[32:]
+
+
+def test_a_stream_that_ends_inside_a_record_says_so(pipe: Pipe) -> None:
+    reader = uf.EventReader(pipe[0], api="v2")
+    os.write(pipe[1], records("v2", 1).tobytes() + b"tail")
+    os.close(pipe[1])
+    assert len(reader.read()) == 1
+    with pytest.raises(uf.TruncatedRecordError) as caught:
+        reader.read()
+    assert caught.value.tail == b"tail"
+
+
+def test_a_message_that_is_no_whole_record_is_an_error_at_once() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.setblocking(False)
+        sent = records("v2", 2).tobytes()
+        theirs.send(sent + b"xyz")
+        theirs.send(sent)
+        reader = uf.EventReader(ours, api="v2")
+        with pytest.raises(uf.TruncatedRecordError) as caught:
+            reader.read()
+        assert caught.value.records.tobytes() == sent
+        assert caught.value.tail == b"xyz"
+        assert reader.read().tobytes() == sent
+
+
+def test_end_of_records(pipe: Pipe) -> None:
+    reader = uf.EventReader(pipe[0], api="v2")
+    os.close(pipe[1])
+    with pytest.raises(uf.EndOfRecordsError):
+        reader.read()
+
+
+def test_close_from_another_thread_wakes_the_reader(pipe: Pipe) -> None:
+    reader = uf.EventReader(pipe[0], api="v2")
+    threading.Timer(0.05, reader.close).start()
+    with pytest.raises(uf.ClosedError):
+        reader.read(30)
+    with pytest.raises(uf.ClosedError):
+        reader.read(0)
+    os.fstat(pipe[0])  # the descriptor was never the reader's
+
+
+def test_one_thread_at_a_time(pipe: Pipe) -> None:
+    reader = uf.EventReader(pipe[0], api="v2")
+    inside = threading.Thread(target=lambda: reader.read(30))
+    inside.start()
+    while inside.is_alive():
+        try:
+            reader.read(0)
+        except uf.BusyError:
+            break
+    os.write(pipe[1], records("v2", 1).tobytes())
+    inside.join()
+
+
+def test_a_descriptor_that_was_closed_or_never_open(pipe: Pipe) -> None:
+    reader = uf.EventReader(pipe[0], api="v2")
+    os.close(pipe[0])
+    with pytest.raises(uf.ClosedError):
+        reader.read()
+    with pytest.raises(uf.UffdError, match="descriptor"):
+        uf.EventReader(pipe[0], api="v2")
+
+
+def test_a_descriptor_that_cannot_be_read(pipe: Pipe) -> None:
+    with pytest.raises((uf.UffdError, uf.ClosedError)):
+        uf.EventReader(pipe[1], api="v2").read(0.2)
+    directory = os.open("/", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(uf.UffdError, match="Is a directory"):
+            uf.EventReader(directory, api="v2").read(0)
+    finally:
+        os.close(directory)
+
+
+def test_bad_arguments(pipe: Pipe) -> None:
+    for capacity in (0, -3):
+        with pytest.raises(ValueError, match="capacity"):
+            uf.EventReader(pipe[0], capacity=capacity, api="v2")
+    for api in (None, "v3"):
+        with pytest.raises(ValueError, match="api"):
+            uf.EventReader(pipe[0], api=api)
+
+
+def test_signals_run_their_handlers_and_the_wait_goes_on(child: Child) -> None:
+    done = child("""
+        r, w = os.pipe2(os.O_NONBLOCK)
+        seen = []
+        def handler(*_):
+            seen.append(1)
+            if len(seen) == 5:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                os.write(w, bytes(16))
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        assert len(uf.EventReader(r, api="v2").read(timeout=30)) == 1
+        assert len(seen) == 5
+        """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_ends_the_wait(child: Child) -> None:
+    done = child("""
+        r, w = os.pipe2(os.O_NONBLOCK)
+        reader = uf.EventReader(r, api="v2")
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            reader.read()
+        except KeyboardInterrupt:
+            os.write(w, bytes(16))
+            print(len(reader.read()))
+        """)
+    assert done.stdout == "1\n", done.stderr
+
+
+# -- on the real userfaultfd -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def u(needs_uffd: None) -> Iterator[uf.Userfaultfd]:
+    with uf.Userfaultfd() as opened:
+        yield opened
+
+
+def test_a_real_fault_says_where_and_who(u: uf.Userfaultfd) -> None:
+    region = u.map(4 * uf.PAGE_SIZE)
+    reader = uf.EventReader(u)
+    thread = touching(region, [2])
+    (record,) = reader.read(30)
+    assert record["event"] == 0x12
+    assert record["address"] == region.start + 2 * uf.PAGE_SIZE
+    assert record["flags"] == 0
+    assert record["ptid"] == thread.native_id
+    u.zeropage(region.start, region.length)
+    thread.join(30)
+
+
+def test_many_real_faults_in_one_read(u: uf.Userfaultfd) -> None:
+    region = u.map(16 * uf.PAGE_SIZE)
+    threads = [touching(region, [page]) for page in range(16)]
+    deadline = time.monotonic() + 30
+    while pending(u) < 16:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    got = uf.EventReader(u).read(30).copy()
+    assert sorted(got["address"]) == [region.start + page * uf.PAGE_SIZE for page in range(16)]
+    ids, offsets = u.regions.dispatch(got)
+    assert set(ids) == {region.id}
+    assert sorted(offsets) == [page * uf.PAGE_SIZE for page in range(16)]
+    assert sorted(uf.as_v2(got)["arg"]) == sorted(got["address"])
+    u.zeropage(region.start, region.length)
+    for thread in threads:
+        thread.join(30)
+
+
+def test_closing_the_userfaultfd_wakes_the_reader(u: uf.Userfaultfd) -> None:
+    reader = uf.EventReader(u)
+    threading.Timer(0.05, u.close).start()
+    with pytest.raises(uf.ClosedError):
+        reader.read(30)
+
+
+def test_a_blocking_userfaultfd_is_refused_with_the_remedy(u: uf.Userfaultfd) -> None:
+    os.set_blocking(u.fileno(), True)
+    with pytest.raises(ValueError, match="set_blocking"):
+        uf.EventReader(u.fileno(), api="msg")
+    os.set_blocking(u.fileno(), False)
+    assert len(uf.EventReader(u.fileno(), api="msg").read(0)) == 0
+
+
+def test_a_wire_that_the_descriptor_does_not_speak(u: uf.Userfaultfd) -> None:
+    with pytest.raises(ValueError, match="speaks"):
+        uf.EventReader(u, api="v1" if u.api != "v1" else "v2")
