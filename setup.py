@@ -4,15 +4,18 @@ Everything static lies in pyproject.toml. Cython runs inside build_ext, so that 
 for metadata needs no compiler and no Cython.
 """
 
+import os
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext as _build_ext
 from setuptools.modified import newer_group
 
-DECLARATIONS = [path.as_posix() for path in (*Path("python/userfault").glob("*.pxd"), *Path("pyx").glob("*.h"))]
+DECLARATIONS = [str(path) for path in (*Path("python/userfault").glob("*.pxd"), *Path("pyx").glob("*.h"))]
 EXTENSIONS = [
-    Extension(f"userfault.{source.stem}", [source.as_posix()], depends=DECLARATIONS, extra_compile_args=["-O3"])
+    Extension(
+        f"userfault.{source.stem}", [source.as_posix()], depends=DECLARATIONS, extra_compile_args=["-O3"]
+    )
     for source in sorted(Path("pyx").glob("*.pyx"))
 ]
 
@@ -40,6 +43,7 @@ class build_ext(_build_ext):
         sources = {extension.name: extension.sources for extension in translated}
         for extension in self.extensions:
             extension.sources = sources[extension.name]
+        self.parallel = self.parallel or os.cpu_count()
         super().build_extensions()
 
 

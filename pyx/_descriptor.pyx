@@ -82,7 +82,7 @@ cdef class Descriptor:
             c_write(self.kick_fd, &one, sizeof(one))
 
     def close(self):
-        """Refuse new calls and wake the readers. Idempotent; in a fork child nothing but the copy is closed."""
+        """Refuse new calls and wake the readers. Idempotent; a fork child closes its copy, no more."""
         cdef uint64_t one = 1
         if self.closed:
             return

@@ -143,6 +143,10 @@ cdef class Engine:
         # A daemon: what is still served at interpreter exit is served until the process is gone.
         self.thread = threading.Thread(target=self.run, name="userfault-engine", daemon=True)
         self.thread.start()
+        # Faults that somebody read before and did not resolve are delivered again only after a wake.
+        cdef uint64_t start, length
+        for start, length, _, _ in self.table.ranges().tolist():
+            uffd_wake(self.fd, start, length)
 
     def run(self):
         """The thread's whole life; `start` calls it."""
@@ -246,8 +250,9 @@ cdef class Engine:
         fds[1].fd = self.descriptor.kick_fd
         fds[0].events = fds[1].events = _abi.POLLIN
         while True:
-            if load_int(&self.state) == KEEPER and self.table.empty() and swap_int_if(&self.state, KEEPER, GONE):
-                return 0
+            if load_int(&self.state) == KEEPER and self.table.empty():
+                if swap_int_if(&self.state, KEEPER, GONE):
+                    return 0
             # Reading first saves the poll whenever faults keep coming.
             got = c_read(self.fd, self.records, CAPACITY * record)
             if got > 0:
@@ -380,7 +385,8 @@ cdef class Engine:
                 self.stage_and_copy(entry, source, start + page, PAGE_SIZE, part)
                 page += PAGE_SIZE
 
-    cdef void resolve(self, const entry_t *entry, uint64_t start, uint64_t source, uint64_t length) noexcept nogil:
+    cdef void resolve(self, const entry_t *entry, uint64_t start, uint64_t source,
+                      uint64_t length) noexcept nogil:
         """COPY the run from `source`, or ZEROPAGE it when that is 0, as the errno table decides."""
         cdef uint64_t done = 0, part, step
         cdef int result, decision

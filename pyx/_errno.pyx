@@ -59,3 +59,8 @@ cpdef object error_for(str call, int err, uint64_t done=0):
     kind, text = raising.get(err, (errors.UffdError, "not an answer that the manual pages name"))
     progress = f" after {done} bytes" if done else ""
     return kind(err, f"{call}: {os.strerror(err)}{progress}: {text}", done)
+
+
+def decision(int err):
+    """The name of what the engine does about `err`."""
+    return ("POISON", "RETRY", "PARK", "NEXT", "FORGET", "STOP")[decide(err)]

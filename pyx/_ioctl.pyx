@@ -82,7 +82,8 @@ cdef int uffd_api(int fd, uint64_t api, uint64_t features, uint64_t *bits, uint6
     return result
 
 
-cdef int uffd_register(int fd, uint64_t start, uint64_t length, uint64_t mode, uint64_t *ioctls) noexcept nogil:
+cdef int uffd_register(int fd, uint64_t start, uint64_t length, uint64_t mode,
+                       uint64_t *ioctls) noexcept nogil:
     cdef uffdio_register argument
     argument.range.start = start
     argument.range.length = length

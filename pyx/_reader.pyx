@@ -1,6 +1,8 @@
 """`EventReader`: many records per read() into one preallocated array; `as_v2`: any wire as RFC v2."""
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_STRIDED_RO, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_SIMPLE, PyBUF_STRIDED_RO, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
+)
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EBADF, EINTR, EIO, errno
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
@@ -34,8 +36,8 @@ cdef enum:
 cdef int64_t NEVER = INT64_MAX
 
 
-cdef ssize_t wait_and_read(int fd, int closed_fd, int parent_closed_fd, char *into, size_t room, bint poll_first,
-                           int64_t deadline) noexcept nogil:
+cdef ssize_t wait_and_read(int fd, int closed_fd, int parent_closed_fd, char *into, size_t room,
+                           bint poll_first, int64_t deadline) noexcept nogil:
     """Bytes read, 0 at the end of file, -errno, TIMED_OUT, or WOKEN by close()."""
     cdef pollfd fds[3]
     cdef timespec left
@@ -135,7 +137,10 @@ cdef class EventReader:
         self.dtype = DTYPES[api]
         self.capacity = capacity
         self.record = <size_t>self.dtype.itemsize
-        self.array = np.zeros(capacity, self.dtype)
+        # The kernel copies a fifth slower to memory that does not start at a cache line.
+        room = np.zeros(capacity * self.record + 63, np.uint8)
+        skip = -room.ctypes.data % 64
+        self.array = room[skip:skip + capacity * self.record].view(self.dtype)
         PyObject_GetBuffer(self.array, &self.buffer, PyBUF_SIMPLE | PyBUF_WRITABLE)
 
     def __dealloc__(self):

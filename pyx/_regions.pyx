@@ -9,7 +9,7 @@ before is left. The search itself is in _search.h.
 
 from cpython.buffer cimport PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport INT64_MAX, UINT64_MAX, int64_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy
 
 import time
@@ -18,7 +18,7 @@ from operator import index
 import numpy as np
 
 from userfault._abi cimport (
-    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT, WIRE_MSG, WIRE_V1, WIRE_V2, add_i64, load_i64, load_ptr, load_u64,
+    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT, WIRE_MSG, WIRE_V2, add_i64, load_i64, load_ptr, load_u64,
     msg_record, store_ptr, store_u64, v1_record, v2_record,
 )
 from userfault._ioctl cimport PAGE_SIZE, check_range
@@ -27,6 +27,7 @@ from userfault._consts import DTYPES, WIRES
 from userfault.errors import OverlapError, RangeError, RecordError
 
 DEF BULK_FILL = 48   # pieces per leaf after add_many: room to add without splitting
+DEF DECODED = 512    # addresses
 
 RANGES_DTYPE = np.dtype([("start", "<u8"), ("length", "<u8"), ("id", "<i8"), ("offset", "<u8")])
 
@@ -54,8 +55,8 @@ cdef extern from "_search.h" nogil:
         int64_t **levels
 
     int best_search "uf_best_search"()
-    void locate "uf_locate"(int search, const root_t *root, const char *addresses, Py_ssize_t stride, size_t n,
-                            int64_t *ids, int64_t *offsets)
+    void locate "uf_locate"(int search, const root_t *root, const char *addresses, Py_ssize_t stride,
+                            size_t n, int64_t *ids, int64_t *offsets)
     const leaf_t *find_leaf "uf_find"(const root_t *root, uint64_t address, size_t *place)
 
 cdef extern from "<stdlib.h>" nogil:
@@ -196,7 +197,8 @@ cdef int publish(RegionTable table, root_t *root) except -1:
     retire(table, old)
 
 
-cdef int edit(RegionTable table, size_t which, size_t position, size_t removed, entry_t *added, size_t n_added) except -1:
+cdef int edit(RegionTable table, size_t which, size_t position, size_t removed, entry_t *added,
+              size_t n_added) except -1:
     """In leaf `which` replace `removed` pieces from `position` by `added`: one visible step."""
     cdef leaf_t *old = tree(table).leaves[which]
     cdef size_t total = old.n - removed + n_added, i
@@ -547,14 +549,21 @@ cdef class RegionTable:
         cdef const char *data = <const char *>view.buf
         cdef Py_ssize_t stride = view.strides[0]
         cdef int form = wire, search = _search
-        # ids[] takes the decoded addresses first: each is read before its place is written.
+        cdef uint64_t[DECODED] decoded  # stays in the L1 cache between decoding and search
+        cdef size_t done = 0, width
+        cdef const root_t *root
         with nogil:
-            if form:
-                fault_addresses(data, stride, n, form, <uint64_t *>&id_view[0])
-                data = <const char *>&id_view[0]
-                stride = sizeof(uint64_t)
             ticket = self.enter()
-            locate(search, <const root_t *>load_ptr(<void **>&self.root), data, stride, n, &id_view[0], offset_out)
+            root = <const root_t *>load_ptr(<void **>&self.root)
+            if form:
+                while done < n:
+                    width = min(n - done, <size_t>DECODED)
+                    fault_addresses(data + <Py_ssize_t>done * stride, stride, width, form, decoded)
+                    locate(search, root, <const char *>decoded, sizeof(uint64_t), width, &id_view[done],
+                           NULL if offset_out == NULL else offset_out + done)
+                    done += width
+            else:
+                locate(search, root, data, stride, n, &id_view[0], offset_out)
             self.leave(ticket)
         PyBuffer_Release(&view)
         return ids, offsets
@@ -612,6 +621,6 @@ cdef int wire_of(array) except -1:
 cdef object as_addresses(values):
     if isinstance(values, np.ndarray):
         if values.dtype != np.uint64:
-            raise RecordError(f"addresses must be uint64, not {values.dtype}: convert with .astype(np.uint64)")
+            raise RecordError(f"addresses must be uint64, not {values.dtype}: use .astype(np.uint64)")
         return values
     return np.fromiter(map(index, values), np.uint64, len(values))

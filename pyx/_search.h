@@ -3,7 +3,7 @@
  *
  * A node is 8 sorted keys, one cache line: the number of keys at or below the address is the number of
  * the child. Keys are signed (ranges end below 2^63), because AVX2 has no unsigned comparison. Lookups
- * go 16 at a time through each step, so that their cache misses overlap.
+ * go 64 at a time through each step, so that their cache misses overlap.
  */
 #ifndef USERFAULT_SEARCH_H
 #define USERFAULT_SEARCH_H
@@ -16,7 +16,7 @@
 
 #define UF_LEAF 64   /* pieces in a leaf: a node of 8 heads over 8 nodes of 8 starts */
 #define UF_LEVELS 8  /* 8^8 leaves */
-#define UF_LANES 16
+#define UF_LANES 64
 
 typedef struct { uint64_t end; uint64_t base; int64_t id; void *payload; } uf_piece;
 

@@ -116,7 +116,8 @@ cdef class File(Source):
     def __init__(self, path, offset=0):
         if self.file.fd >= 0:
             raise SourceError("a File is opened once")
-        self.file.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # NONBLOCK: opening a FIFO would wait for its writer. A regular file knows no difference.
+        self.file.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         status = os.fstat(self.file.fd)
         if not stat.S_ISREG(status.st_mode):
             raise SourceError(f"{os.fspath(path)!r} is not a regular file: pread needs one")

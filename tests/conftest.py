@@ -7,10 +7,15 @@ import subprocess
 import sys
 import textwrap
 
+import hypothesis
 import pytest
-from support import PREAMBLE, Child
 
 import userfault as uf
+from support import PREAMBLE, Child
+
+# No time limit on these noisy machines, and no folder of examples where the tree is read-only.
+hypothesis.settings.register_profile("userfault", deadline=None, database=None)
+hypothesis.settings.load_profile("userfault")
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def needs_privilege(needs_uffd: None) -> None:
 
 @pytest.fixture
 def child() -> Child:
-    """Run Python code in a process of its own, killed after `timeout` seconds: its output, and how it died."""
+    """Run Python code in a process of its own, killed after `timeout` seconds."""
 
     def run(code: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

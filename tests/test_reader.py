@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -10,9 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from support import Child, pending, touching
 
 import userfault as uf
+from support import Child, pending, touching
 from userfault._consts import DTYPES
 
 Pipe = tuple[int, int]
@@ -23,10 +24,8 @@ def pipe() -> Iterator[Pipe]:
     ends = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     yield ends
     for fd in ends:
-        try:
+        with contextlib.suppress(OSError):
             os.close(fd)
-        except OSError:
-            pass
 
 
 def records(api: str, n: int) -> np.ndarray:

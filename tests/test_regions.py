@@ -114,7 +114,7 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTable = TableMachine.TestCase
-TestTable.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestTable.settings = settings(max_examples=40, stateful_step_count=30)
 
 
 @pytest.mark.parametrize("n", [1, 2, 64, 65, 1000, 100_000])
@@ -188,7 +188,10 @@ def test_a_region_split_by_removal_keeps_its_id_and_offsets() -> None:
     table = uf.RegionTable()
     table.add(0x100000, 8 * PAGE)
     assert table.remove(0x100000 + 3 * PAGE, 2 * PAGE) == 2 * PAGE
-    assert table.ranges().tolist() == [(0x100000, 3 * PAGE, 0, 0), (0x100000 + 5 * PAGE, 3 * PAGE, 0, 5 * PAGE)]
+    assert table.ranges().tolist() == [
+        (0x100000, 3 * PAGE, 0, 0),
+        (0x100000 + 5 * PAGE, 3 * PAGE, 0, 5 * PAGE),
+    ]
     assert table.dispatch(0x100000 + 6 * PAGE) == (0, 6 * PAGE)
     assert table.lookup(0x100000 + 4 * PAGE) == -1
     assert table.add(0x100000 + 3 * PAGE, 2 * PAGE) == 1
@@ -208,7 +211,11 @@ def test_bad_ranges_change_nothing(start: int, length: int, match: str) -> None:
     table = uf.RegionTable()
     table.add(PAGE, PAGE)
     before = table.ranges().tolist()
-    calls: list[Callable[..., Any]] = [table.add, table.remove, lambda s, n: table.add_many([8 * PAGE, s], [PAGE, n])]
+    calls: list[Callable[..., Any]] = [
+        table.add,
+        table.remove,
+        lambda s, n: table.add_many([8 * PAGE, s], [PAGE, n]),
+    ]
     for call in calls:
         with pytest.raises(uf.RangeError, match=match):
             call(start, length)
@@ -229,7 +236,12 @@ def test_overlap_names_both_ranges() -> None:
 def test_bad_arrays() -> None:
     table = uf.RegionTable()
     table.add(PAGE, PAGE)
-    for wrong in (np.zeros(3, np.int64), np.zeros(3), np.zeros(3, [("a", "<u8")]), np.zeros((2, 2), np.uint64)):
+    for wrong in (
+        np.zeros(3, np.int64),
+        np.zeros(3),
+        np.zeros(3, [("a", "<u8")]),
+        np.zeros((2, 2), np.uint64),
+    ):
         with pytest.raises(uf.RecordError):
             table.lookup(wrong)
     with pytest.raises(TypeError):
@@ -260,7 +272,9 @@ def test_lookups_see_each_change_wholly_or_not_at_all() -> None:
         while not stop.is_set():
             ids, offsets = table.dispatch(always)
             first = offsets[:n]
-            wrong.extend(np.flatnonzero((ids != expected) | (np.concatenate([first, offsets[n:]]) < 0)).tolist())
+            wrong.extend(
+                np.flatnonzero((ids != expected) | (np.concatenate([first, offsets[n:]]) < 0)).tolist()
+            )
 
     threads = [threading.Thread(target=look) for _ in range(2)]
     for thread in threads:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import Child, touching
 
 import userfault as uf
+from support import Child, touching
 from userfault._engine import STATS_DTYPE
 
 PAGE = uf.PAGE_SIZE
@@ -151,7 +151,9 @@ def test_the_toucher_may_hold_the_gil(needs_uffd: None, child: Child) -> None:
     assert done.stdout == "good\n", done.stderr
 
 
-def test_system_calls_on_missing_pages(needs_privilege: None, u: uf.Userfaultfd, service: uf.FaultService) -> None:
+def test_system_calls_on_missing_pages(
+    needs_privilege: None, u: uf.Userfaultfd, service: uf.FaultService
+) -> None:
     data = noise(8 * PAGE)
     region = u.map(len(data))
     service.serve(region, uf.sources.Buffer(data))
@@ -207,7 +209,10 @@ def test_a_run_that_lies_in_two_mappings(u: uf.Userfaultfd, service: uf.FaultSer
     libc = ctypes.CDLL(None)
     madv_dontdump = 16
     for page in range(0, 64, 2):
-        assert libc.madvise(ctypes.c_void_p(region.start + page * PAGE), ctypes.c_size_t(PAGE), madv_dontdump) == 0
+        assert (
+            libc.madvise(ctypes.c_void_p(region.start + page * PAGE), ctypes.c_size_t(PAGE), madv_dontdump)
+            == 0
+        )
     in_random_order(region, 16)
     assert (region.array == data).all()
     assert service.stats()["failed"] == 0
@@ -262,8 +267,10 @@ def test_sources_that_cannot_be(tmp_path: Path) -> None:
     for offset in (-1, 11):
         with pytest.raises(uf.SourceError, match="outside"):
             uf.sources.File(path, offset=offset)
-    with pytest.raises(uf.SourceError, match="regular file"):
-        uf.sources.File("/dev/zero")
+    os.mkfifo(tmp_path / "fifo")
+    for special in ("/dev/zero", tmp_path / "fifo", tmp_path):
+        with pytest.raises(uf.SourceError, match="regular file"):
+            uf.sources.File(special)
     with pytest.raises(FileNotFoundError):
         uf.sources.File(tmp_path / "none")
     with pytest.raises(uf.SourceError, match="contiguous"):
@@ -293,7 +300,10 @@ def test_features_that_a_service_does_not_follow(needs_uffd: None) -> None:
     features = uf.probe().features
     if features is None:
         pytest.skip("this kernel has no msg")
-    with uf.Userfaultfd("msg", uf.Feature.EVENT_REMAP) as u, pytest.raises(uf.UnsupportedError, match="EVENT_REMAP"):
+    with (
+        uf.Userfaultfd("msg", uf.Feature.EVENT_REMAP) as u,
+        pytest.raises(uf.UnsupportedError, match="EVENT_REMAP"),
+    ):
         uf.FaultService(u)
     with uf.Userfaultfd("msg", uf.Feature.SIGBUS) as u, pytest.raises(uf.UnsupportedError, match="SIGBUS"):
         uf.FaultService(u)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from support import Child, pending, touching
 
 import userfault as uf
+from support import Child, pending, touching
 from userfault import opening
 
 PAGE = uf.PAGE_SIZE
@@ -200,7 +200,9 @@ def test_memory_that_cannot_be_registered(u: uf.Userfaultfd) -> None:
     with pytest.raises(uf.UnsupportedError, match="shared memory"):
         u.register(mmap.mmap(-1, PAGE))
     with open(__file__, "rb") as file, pytest.raises(uf.UnsupportedError, match="a mapping of"):
-        u.register(mmap.mmap(file.fileno(), PAGE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE))
+        u.register(
+            mmap.mmap(file.fileno(), PAGE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        )
     with pytest.raises(TypeError, match="read-only"):
         u.register(bytes(PAGE))
     with pytest.raises(uf.RangeError, match="not page-aligned"):
@@ -462,7 +464,7 @@ def test_a_fork_child_does_nothing_to_its_parent(needs_uffd: None, child: Child)
 
 
 def test_a_fork_in_the_middle_of_a_lookup(needs_uffd: None, child: Child) -> None:
-    """A child forked right after a fault, maybe inside the engine's lookup, lets go of the region all the same."""
+    """Forked right after a fault, maybe inside the engine's lookup, a child lets go all the same."""
     done = child("""
         data = bytes(range(1, 256)) * PAGE
         u = uf.Userfaultfd()

@@ -1,4 +1,4 @@
-"""Linux userfaultfd for Python, at C speed: page faults arrive as numpy records and are served without the GIL."""
+"""Linux userfaultfd for Python, at C speed: page faults as numpy records, served without the GIL."""
 
 from userfault import sources
 from userfault._consts import MSG_DTYPE, PAGE_SIZE, V1_DTYPE, V2_DTYPE
@@ -62,8 +62,8 @@ __all__ = [
     "UffdError",
     "UnavailableError",
     "UnsupportedError",
-    "Userfaultfd",
     "UserfaultError",
+    "Userfaultfd",
     "as_v2",
     "latency_percentile",
     "probe",

@@ -57,7 +57,8 @@ cdef class Engine:
                    uint64_t length) noexcept nogil
     cdef void stage_and_copy(self, const entry_t *entry, const source_t *source, uint64_t start,
                              uint64_t length, uint64_t has) noexcept nogil
-    cdef void resolve(self, const entry_t *entry, uint64_t start, uint64_t source, uint64_t length) noexcept nogil
+    cdef void resolve(self, const entry_t *entry, uint64_t start, uint64_t source,
+                      uint64_t length) noexcept nogil
     cdef void fail(self, const entry_t *entry, uint64_t page, int error, int stage) noexcept nogil
     cdef void park(self, uint64_t page) noexcept nogil
     cdef void unpark(self) noexcept nogil

@@ -1,3 +1,4 @@
+from threading import Thread
 from typing import Final, Self
 
 import numpy as np
@@ -13,6 +14,8 @@ STATS_DTYPE: Final[np.dtype[np.void]]
 FAILURE_DTYPE: Final[np.dtype[np.void]]
 
 class Engine:
+    @property
+    def thread(self) -> Thread | None: ...
     def __new__(cls, descriptor: Descriptor, table: RegionTable, api: str, can_poison: bool) -> Self: ...
     @property
     def keep(self) -> dict[int | str, object]: ...

@@ -10,4 +10,3 @@ cdef enum decision_t:
 
 cdef decision_t decide(int err) noexcept nogil
 cpdef object error_for(str call, int err, uint64_t done=*)
-

@@ -2,7 +2,8 @@ from libc.stdint cimport uint64_t
 
 # The raw faces: 0 or -errno, EINTR retried. `done` receives the bytes completed, never a negative.
 cdef int uffd_api(int fd, uint64_t api, uint64_t features, uint64_t *bits, uint64_t *ioctls) noexcept nogil
-cdef int uffd_register(int fd, uint64_t start, uint64_t length, uint64_t mode, uint64_t *ioctls) noexcept nogil
+cdef int uffd_register(int fd, uint64_t start, uint64_t length, uint64_t mode,
+                       uint64_t *ioctls) noexcept nogil
 cdef int uffd_unregister(int fd, uint64_t start, uint64_t length) noexcept nogil
 cdef int uffd_wake(int fd, uint64_t start, uint64_t length) noexcept nogil
 cdef int uffd_copy(int fd, uint64_t dst, uint64_t src, uint64_t length, uint64_t mode,

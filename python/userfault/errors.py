@@ -76,7 +76,7 @@ class UffdError(UserfaultError, OSError):
 
 
 class ChangingError(UffdError):
-    """EAGAIN: the address space is changing, or only part was done. Read the pending events, retry the rest."""
+    """EAGAIN: the address space is changing, or only part was done. Read what is pending, retry the rest."""
 
 
 class PageExistsError(UffdError):

@@ -159,9 +159,10 @@ def probe() -> Capabilities:
             fd, _ = open_userfaultfd()
         except UnavailableError:
             break
-        # UffdError is EPERM: the kernel speaks it, but not to this process.
+        # UffdError is EPERM: the kernel speaks it, but not to this process. UnavailableError: one
+        # descriptor was to be had, and no second.
         try:
-            with contextlib.suppress(UnsupportedError, UffdError):
+            with contextlib.suppress(UnavailableError, UnsupportedError, UffdError):
                 found[api] = negotiate_on(fd, api, None)
         finally:
             os.close(fd)

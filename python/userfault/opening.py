@@ -61,13 +61,14 @@ _WAYS: dict[str, Callable[[], int]] = {
 
 
 def _try(name: str) -> tuple[int, Way]:
+    """A descriptor, or -errno."""
     try:
         return _WAYS[name](), Way(name, True, "", "")
     except OSError as error:
         number = error.errno or 0
         remedy = _REMEDIES[name].get(number) or _LIMITS.get(number, "")
         reason = f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
-        return -1, Way(name, False, reason, remedy)
+        return -number, Way(name, False, reason, remedy)
 
 
 def open_userfaultfd() -> tuple[int, str]:
@@ -76,13 +77,14 @@ def open_userfaultfd() -> tuple[int, str]:
     Raises UnavailableError that lists every way. Source: userfaultfd(2).
     """
     failed = []
+    fd = -errno.ENOSYS
     for name in _WAYS:
         fd, way = _try(name)
         if way.works:
             return fd, name
         failed.append(way)
     lines = "".join(f"\n  {way.name}: {way.reason}. {way.remedy}" for way in failed)
-    raise UnavailableError(errno.EPERM, f"no way of opening a userfaultfd works here:{lines}")
+    raise UnavailableError(-fd, f"no way of opening a userfaultfd works here:{lines}")
 
 
 def ways() -> tuple[Way, ...]:

@@ -51,11 +51,11 @@ class FaultService:
         userfaultfd.fileno()
         if userfaultfd._service is not None:
             raise BusyError("another FaultService is open on this userfaultfd")
-        if userfaultfd.api == Api.MSG:
-            if wrong := Feature(userfaultfd.features) & (_EVENTS | Feature.SIGBUS):
-                raise UnsupportedError(
-                    errno.EOPNOTSUPP, f"a FaultService does not follow {names(wrong)}: open without these features"
-                )
+        wrong = Feature(userfaultfd.features) & (_EVENTS | Feature.SIGBUS)
+        if userfaultfd.api == Api.MSG and wrong:
+            raise UnsupportedError(
+                errno.EOPNOTSUPP, f"a FaultService does not follow {names(wrong)}: open without these"
+            )
         for region in list(userfaultfd._alive.values()):
             if region.mode != RegisterMode.MISSING:
                 raise UnsupportedError(
@@ -81,18 +81,24 @@ class FaultService:
         if self.closed:
             raise ClosedError("the service is closed")
         if not isinstance(source, Source):
-            why = "Python code would need the GIL, which the thread that touches the page may hold: " if (
-                callable(source)
-            ) else ""
-            raise SourceError(f"{type(source).__name__} is not a page source: {why}"
-                              "use userfault.sources.Zero, Buffer or File")
+            why = (
+                "Python code would need the GIL, which the thread that touches the page may hold: "
+                if (callable(source))
+                else ""
+            )
+            raise SourceError(
+                f"{type(source).__name__} is not a page source: {why}"
+                "use userfault.sources.Zero, Buffer or File"
+            )
         if region._userfaultfd is not self._userfaultfd or not region.registered:
             raise RangeError(f"{region!r} is not, or no longer, registered with this service's userfaultfd")
         if region.id in self._engine.keep:
             raise SourceError(f"{region!r} is served already")
         if source.nbytes <= region.length - PAGE_SIZE:
-            raise SourceError(f"the source has {source.nbytes} bytes, the region {region.length}: "
-                              "map no more than the source fills")
+            raise SourceError(
+                f"the source has {source.nbytes} bytes, the region {region.length}: "
+                "map no more than the source fills"
+            )
         self._engine.attach(region.id, region.start, region.length, source)
 
     def stats(self) -> np.void:

@@ -7,7 +7,7 @@ import os
 import sys
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
@@ -121,7 +121,7 @@ class Userfaultfd:
         else:
             if length is not None:
                 raise TypeError("a buffer brings its own length")
-            view = memoryview(memory)
+            view = memoryview(cast(Any, memory))
             if view.readonly:
                 raise TypeError("the buffer is read-only: its pages could not be filled")
             flat = np.frombuffer(view, np.uint8)
@@ -138,7 +138,9 @@ class Userfaultfd:
     def _register(self, start: int, length: int, mode: RegisterMode) -> tuple[int, Ioctl]:
         mode = RegisterMode(mode)
         if self._service is not None and mode != RegisterMode.MISSING:
-            raise UnsupportedError(errno.EOPNOTSUPP, f"a FaultService serves missing pages only, not {names(mode)}")
+            raise UnsupportedError(
+                errno.EOPNOTSUPP, f"a service serves missing pages only, not {names(mode)}"
+            )
         with self._descriptor as fd:
             # First into the table, so that no fault of it can come from an unknown address.
             number = self.regions.add(start, length)
@@ -233,7 +235,7 @@ class Userfaultfd:
         write_protect: bool = False,
     ) -> int:
         """Fill missing pages from `dst` on with the buffer's bytes (whole pages), and wake their faulters."""
-        flat = np.frombuffer(buffer, np.uint8)  # type: ignore[call-overload]
+        flat = np.frombuffer(cast(Any, buffer), np.uint8)
         mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_COPY_MODE_WP if write_protect else 0)
         with self._descriptor as fd:
             return _ioctl.copy(fd, dst, flat.ctypes.data, flat.nbytes, mode)
@@ -269,7 +271,8 @@ class Userfaultfd:
 
     def move(self, dst: int, src: int, length: int, *, wake: bool = True, allow_holes: bool = False) -> int:
         """Move pages of this process from `src`, which loses them, to `dst` without copying (Linux 6.8)."""
-        mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES if allow_holes else 0)
+        mode = 0 if wake else c.UFFDIO_MODE_DONTWAKE
+        mode |= c.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES if allow_holes else 0
         with self._descriptor as fd:
             return _ioctl.move(fd, dst, src, length, mode)
 
@@ -300,7 +303,7 @@ def _check_ordinary(start: int, length: int) -> None:
         if what:
             raise UnsupportedError(
                 errno.EOPNOTSUPP,
-                f"[{start:#x}, +{length:#x}) is {what}: register private anonymous memory, as Userfaultfd.map "
+                f"[{start:#x}, +{length:#x}) is {what}: register private anonymous memory, as map() "
                 "or mmap.mmap(-1, n, flags=MAP_PRIVATE|MAP_ANONYMOUS) gives",
             )
     if reached < start + length:
