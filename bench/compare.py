@@ -82,14 +82,23 @@ def print_table(rows: Sequence[Row]) -> None:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
 
 
-def main(description: str, measure: Callable[[int], list[Row]], rounds: int) -> None:
-    """The command line of a benchmark: measure, then print a table or JSON."""
+def argument_parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
-    options = parser.parse_args()
-    rows = measure(options.rounds)
-    if options.json:
+    return parser
+
+
+def show(rows: Sequence[Row], as_json: bool) -> None:
+    """Print the rows: a table, or JSON."""
+    if as_json:
         print(json.dumps(rows, indent=1))
     else:
         print_table(rows)
+
+
+def main(description: str, measure: Callable[[int], list[Row]], rounds: int) -> None:
+    """The command line of a benchmark: measure, then print a table or JSON."""
+    options = argument_parser(description, rounds).parse_args()
+    show(measure(options.rounds), options.json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 import rivals
 import userfault as uf
-from compare import Row, main, take_turns
+from compare import Row, argument_parser, show, take_turns
 from sources import Crowd, Pipe
 from userfault._consts import DTYPES
 
 WIRES = ("v1", "v2", "msg")
 PIPE_BATCHES = (1, 8, 64, 512, 4096)
 UFFD_BATCHES = (1, 8, 64, 512, 1024)
+UFFD_PENDING = 1024
 FORMATS = {"v1": "<Q", "v2": "<QQ", "msg": "<B7xQQI4x"}
 ADDRESS_FIELD = {"v1": 0, "v2": 1, "msg": 2}
 
@@ -41,7 +42,7 @@ class Reader:
         self.records: npt.NDArray[np.void] = np.zeros(0, DTYPES[api])
 
     def drain(self, calls: int) -> None:
-        read = self.reader.read
+        read, records = self.reader.read, self.records
         for _ in range(calls):
             records = read(0)
         self.records = records
@@ -82,6 +83,7 @@ class Struct:
 
     def drain(self, calls: int) -> None:
         read, unpack, fd, size = os.read, self.format.iter_unpack, self.fd, self.bytes
+        records = self.records
         for _ in range(calls):
             records = list(unpack(read(fd, size)))
         self.records = records
@@ -112,17 +114,32 @@ def compare(source: Pipe | Crowd, batch: int, calls: int, rounds: int) -> Row:
     return row
 
 
-def measure(rounds: int) -> list[Row]:
-    """Every wire and batch over a pipe, then every batch on a userfaultfd where 1,024 faults are pending."""
+def measure(rounds: int, wires: Sequence[str] = WIRES, batches: Sequence[int] = PIPE_BATCHES) -> list[Row]:
+    """Every wire and batch over a pipe, then those wires that the kernel speaks on a userfaultfd.
+
+    There 1,024 faults are pending, or one batch when that has more.
+    """
     rows = []
-    for api in WIRES:
-        for batch in PIPE_BATCHES:
+    for api in wires:
+        for batch in batches:
             with Pipe(api, batch) as pipe:
-                rows.append(compare(pipe, batch, pipe.calls, rounds))
-    with Crowd() as crowd:
-        rows += [compare(crowd, batch, crowd.addresses.size // batch, rounds) for batch in UFFD_BATCHES]
+                rows.append(compare(pipe, batch, pipe.calls, rounds) | {"pending": pipe.addresses.size})
+    spoken = uf.probe().apis
+    for api in (api for api in wires if api in spoken):
+        for threads in sorted({max(UFFD_PENDING, batch) for batch in batches}):
+            with Crowd(threads, api) as crowd:
+                for batch in (batch for batch in batches if max(UFFD_PENDING, batch) == threads):
+                    row = compare(crowd, batch, threads // batch, rounds)
+                    rows.append(row | {"pending": threads // batch * batch})
     return rows
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, rounds=50)
+    parser = argument_parser(__doc__, rounds=50)
+    parser.add_argument("--wires", default=",".join(WIRES), help="default: %(default)s")
+    parser.add_argument(
+        "--batches", default=",".join(map(str, PIPE_BATCHES)), help="records a call; default: %(default)s"
+    )
+    options = parser.parse_args()
+    batches = [int(batch) for batch in options.batches.split(",")]
+    show(measure(options.rounds, options.wires.split(","), batches), options.json)

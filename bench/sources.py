@@ -64,8 +64,8 @@ class Crowd:
     `refill` makes all of them fault, again if need be, and returns once every fault is pending.
     """
 
-    def __init__(self, threads: int = 1024) -> None:
-        self.uffd = uf.Userfaultfd()
+    def __init__(self, threads: int = 1024, api: str = "auto") -> None:
+        self.uffd = uf.Userfaultfd(api)
         self.api = str(self.uffd.api)
         self.fd = self.uffd.fileno()
         self.region = self.uffd.map(threads * uf.PAGE_SIZE)

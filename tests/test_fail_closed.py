@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import userfault as uf
-from support import Child, touching
+from support import Child, has, touching
 
 PAGE = uf.PAGE_SIZE
 
@@ -31,7 +31,7 @@ WITH_POISON = "def old_kernel(u): pass\n"
 
 SET_UP = """
 data = np.arange(8 * PAGE, dtype=np.uint8) | 1
-u = uf.Userfaultfd()
+u = uf.Userfaultfd(WIRE)
 old_kernel(u)
 region = u.map(8 * PAGE)
 a = region.array
@@ -57,9 +57,14 @@ CLOSINGS = {
 }
 
 
-@pytest.mark.parametrize("poison", [True, False], ids=["poison", "PROT_NONE"])
+# Both ways where the kernel has both.
+@pytest.mark.parametrize(
+    "poison",
+    [False, True][: 1 + has(uf.Feature.POISON)],
+    ids=["PROT_NONE", "poison"][: 1 + has(uf.Feature.POISON)],
+)
 @pytest.mark.parametrize("closing", CLOSINGS)
-def test_a_missing_page_after_closing(needs_uffd: None, child: Child, closing: str, poison: bool) -> None:
+def test_a_missing_page_after_closing(wire: str, child: Child, closing: str, poison: bool) -> None:
     done = child(
         (WITH_POISON if poison else WITHOUT_POISON)
         + SET_UP
@@ -67,15 +72,14 @@ def test_a_missing_page_after_closing(needs_uffd: None, child: Child, closing: s
         + "\nassert (a[:PAGE] == data[:PAGE]).all()"
         + "\nprint('before', flush=True)\nvalue = a[5 * PAGE]\nprint('still here', value, flush=True)"
     )
-    poison = poison and bool((uf.probe().features or 0) & uf.Feature.POISON)
-    died_of(done, signal.SIGBUS if poison else signal.SIGSEGV)
+    died_of(done, signal.SIGBUS if poison and wire == "msg" else signal.SIGSEGV)
 
 
-def test_memory_of_the_users_own_after_closing(needs_uffd: None, child: Child) -> None:
+def test_memory_of_the_users_own_after_closing(wire: str, child: Child) -> None:
     done = child("""
         memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         a = np.frombuffer(memory, np.uint8)
-        with uf.Userfaultfd() as u:
+        with uf.Userfaultfd(WIRE) as u:
             region = u.register(memory)
             u.copy(region.start, b"x" * PAGE)
         assert a[0] == ord("x")
@@ -86,12 +90,10 @@ def test_memory_of_the_users_own_after_closing(needs_uffd: None, child: Child) -
 
 
 @pytest.mark.parametrize("read", [True, False])
-def test_a_thread_that_sleeps_in_a_fault_when_all_is_closed(
-    needs_uffd: None, child: Child, read: bool
-) -> None:
+def test_a_thread_that_sleeps_in_a_fault_when_all_is_closed(wire: str, child: Child, read: bool) -> None:
     """A fault that was read and not resolved is not delivered again by itself."""
     done = child(f"""
-        u = uf.Userfaultfd()
+        u = uf.Userfaultfd(WIRE)
         region = u.map(PAGE)
         a = region.array
         def touch():
@@ -110,8 +112,8 @@ def test_a_thread_that_sleeps_in_a_fault_when_all_is_closed(
     died_of(done, signal.SIGBUS, signal.SIGSEGV)
 
 
-def test_a_service_takes_over_faults_that_a_reader_left(needs_uffd: None) -> None:
-    with uf.Userfaultfd() as u:
+def test_a_service_takes_over_faults_that_a_reader_left(wire: str) -> None:
+    with uf.Userfaultfd(wire) as u:
         region = u.map(PAGE)
         thread = touching(region, [0])
         assert len(uf.EventReader(u).read(30)) == 1
@@ -122,9 +124,9 @@ def test_a_service_takes_over_faults_that_a_reader_left(needs_uffd: None) -> Non
         service.close()
 
 
-def test_a_new_service_takes_the_keeper_over(needs_uffd: None) -> None:
+def test_a_new_service_takes_the_keeper_over(wire: str) -> None:
     data = np.random.default_rng(2).integers(1, 256, 8 * PAGE, dtype=np.uint8)
-    with uf.Userfaultfd() as u:
+    with uf.Userfaultfd(wire) as u:
         region = u.map(8 * PAGE)
         for page in range(8):
             with uf.FaultService(u) as service:
@@ -135,9 +137,9 @@ def test_a_new_service_takes_the_keeper_over(needs_uffd: None) -> None:
         assert (region.array == data).all()
 
 
-def test_closing_stops_the_thread_when_nothing_is_left_to_keep(needs_uffd: None) -> None:
+def test_closing_stops_the_thread_when_nothing_is_left_to_keep(wire: str) -> None:
     before = threading.active_count()
-    with uf.Userfaultfd() as u:
+    with uf.Userfaultfd(wire) as u:
         with uf.FaultService(u) as service:
             region = u.map(PAGE)
             service.serve(region, uf.sources.Zero())
@@ -155,12 +157,12 @@ def test_closing_stops_the_thread_when_nothing_is_left_to_keep(needs_uffd: None)
 # -- sources that fail -------------------------------------------------------------------------------
 
 
-def test_a_file_that_became_shorter(needs_privilege: None, tmp_path: Path) -> None:
+def test_a_file_that_became_shorter(needs_privilege: None, wire: str, tmp_path: Path) -> None:
     """The bytes that are left come; pages with a byte missing fail closed, and say why."""
     path = tmp_path / "data"
     data = np.random.default_rng(4).integers(1, 256, 8 * PAGE, dtype=np.uint8)
     path.write_bytes(data.tobytes())
-    with uf.Userfaultfd() as u, uf.FaultService(u) as service:
+    with uf.Userfaultfd(wire) as u, uf.FaultService(u) as service:
         region = u.map(8 * PAGE)
         service.serve(region, uf.sources.File(path))
         os.truncate(path, 5 * PAGE + 10)
@@ -183,11 +185,11 @@ def test_a_file_that_became_shorter(needs_privilege: None, tmp_path: Path) -> No
         assert service.stats()["failed"] == 2
 
 
-def test_a_page_that_failed_kills_its_toucher(needs_uffd: None, child: Child, tmp_path: Path) -> None:
+def test_a_page_that_failed_kills_its_toucher(wire: str, child: Child, tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(bytes(8 * PAGE))
     done = child(f"""
-        u = uf.Userfaultfd()
+        u = uf.Userfaultfd(WIRE)
         region = u.map(8 * PAGE)
         service = uf.FaultService(u)
         service.serve(region, uf.sources.File({str(path)!r}))
@@ -202,12 +204,12 @@ def test_a_page_that_failed_kills_its_toucher(needs_uffd: None, child: Child, tm
 
 
 @pytest.mark.parametrize("how", ["", "sys.exit(0)", "os._exit(0)"])
-def test_the_interpreter_exits_with_everything_open(needs_uffd: None, child: Child, how: str) -> None:
+def test_the_interpreter_exits_with_everything_open(wire: str, child: Child, how: str) -> None:
     """Daemon threads go on touching while it exits: they are served, or gone, never killed or hung."""
     done = child(
         """
         data = np.full(4096 * PAGE, 7, np.uint8)
-        u = uf.Userfaultfd()
+        u = uf.Userfaultfd(WIRE)
         service = uf.FaultService(u)
         region = u.map(4096 * PAGE)
         service.serve(region, uf.sources.Buffer(data))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 LAB = pathlib.Path(__file__).resolve().parent.parent / "bench" / "lab"
-NAMES = ("hook", "build", "boot", "report", "run")
+NAMES = ("hook", "build", "boot", "report", "run", "suite")
 
 SOURCE = """\
 static ssize_t userfaultfd_read(struct file *file);
@@ -286,6 +286,53 @@ def test_command_line(tmp_path: pathlib.Path) -> None:
     assert "linux-source-6.1" in run("--print-packages").stdout.split()
     assert run("--param", "v1_api", "--", "true").returncode == 2
     assert run("--param", "v1_api=0xAA").returncode == 2, "the checks expect the default"
+
+
+@pytest.fixture
+def whole_suite(lab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
+    """suite.main() with boots that are played: each ends with a status and with tests of some wires."""
+
+    def play(*boots: tuple[int, str]) -> tuple[int, dict[str, Any], list[list[str]]]:
+        lines: list[list[str]] = []
+
+        def run(argv: list[str]) -> int:
+            status, wires = boots[len(lines)]
+            lines.append(argv)
+            told = {"outcome": "", "exit_status": status, "reasons": ["why"] if status else []}
+            told |= {"wires": dict.fromkeys(wires.split(), 2), "uname": "", "cmdline": "", "seconds": {}}
+            lab.report.write_json(pathlib.Path(argv[argv.index("--json") + 1]), told)
+            return status
+
+        monkeypatch.setattr(lab.run, "main", run)
+        status = lab.suite.main(["--out", str(tmp_path / "out"), "--python", "/p"])
+        return status, json.loads((tmp_path / "out/summary.json").read_text()), lines
+
+    return play
+
+
+def test_the_suite_runs_every_wire_on_two_boots(whole_suite: Any) -> None:
+    status, told, lines = whole_suite((0, "- v1 v2 msg"), (0, "v2 msg"), (0, "v1 v2"))
+    assert (status, told["outcome"], told["reasons"]) == (0, "passed", [])
+    assert told["wires"] == {"-": 2, "v1": 4, "v2": 6, "msg": 4}
+    assert "--" not in lines[0], "the checks"
+    for line, wires in zip(lines[1:], ("v2,msg", "v1,v2"), strict=True):
+        assert f"USERFAULT_WIRES={wires}" in line
+        assert ("v1_api=0xAA" in line) == (wires == "v1,v2")
+        assert line[line.index("--") :][1:4] == ["python", "-m", "pytest"]
+
+
+def test_the_suite_ends_as_its_first_failure(whole_suite: Any) -> None:
+    status, told, lines = whole_suite((0, "v1 v2 msg"), (124, ""), (1, "v1"))
+    assert (status, told["outcome"], len(lines)) == (124, "failed", 3)
+    assert told["reasons"][:2] == ["v2-msg: why", "v1-v2: why"]
+    assert {name: boot["exit_status"] for name, boot in told["boots"].items()} == {
+        "checks": 0, "v2-msg": 124, "v1-v2": 1,
+    }  # fmt: skip
+
+
+def test_a_wire_without_a_test_is_no_pass(whole_suite: Any) -> None:
+    status, told, _ = whole_suite((0, "v1 v2 msg"), (0, "v2 msg"), (0, "v2"))
+    assert (status, told["outcome"], told["reasons"]) == (1, "failed", ["v1-v2: no test of v1"])
 
 
 PLUGGED = """

@@ -1,4 +1,4 @@
-"""EventReader over pipes, sockets and the real userfaultfd."""
+"""EventReader over pipes and sockets, over the kernel's faults, and over the model's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import userfault as uf
-from support import Child, pending, touching
+from support import PAGE, WIRES, Child, Faults, addresses, only, read_all, touching
 from userfault._consts import DTYPES
 
 Pipe = tuple[int, int]
@@ -35,12 +35,12 @@ def records(api: str, n: int) -> np.ndarray:
     return made
 
 
-@pytest.mark.parametrize("api", DTYPES)
+@pytest.mark.parametrize("layout", DTYPES)
 @pytest.mark.parametrize("n", [1, 7, 64, 512])
-def test_batches_arrive_whole_and_in_order(pipe: Pipe, api: str, n: int) -> None:
-    sent = records(api, n)
+def test_batches_arrive_whole_and_in_order(pipe: Pipe, layout: str, n: int) -> None:
+    sent = records(layout, n)
     os.write(pipe[1], sent.tobytes())
-    reader = uf.EventReader(pipe[0], capacity=512, api=api)
+    reader = uf.EventReader(pipe[0], capacity=512, api=layout)
     got = reader.read()
     assert got.dtype == sent.dtype
     assert got.tobytes() == sent.tobytes()
@@ -206,44 +206,63 @@ def test_ctrl_c_ends_the_wait(child: Child) -> None:
     assert done.stdout == "1\n", done.stderr
 
 
+# -- faults: the kernel's, and the model's ----------------------------------------------------------------
+
+
+def test_a_fault_says_where(faults: Faults, wire: str) -> None:
+    reader = faults.reader()
+    faults.at(2)
+    got = reader.read(30)
+    assert got.dtype == DTYPES[wire]
+    assert addresses(got) == [faults.start + 2 * PAGE]
+    assert uf.as_v2(got).tolist() == [(1, faults.start + 2 * PAGE)]
+    assert len(reader.read(0)) == 0
+
+
+def test_a_write_says_so(faults: Faults) -> None:
+    reader = faults.reader()
+    faults.at(1, write=True)
+    assert uf.as_v2(reader.read(30)).tolist() == [(1, faults.start + PAGE | 1)]
+
+
+@pytest.mark.parametrize("capacity", [5, 512])
+def test_many_faults_are_read_together(faults: Faults, capacity: int) -> None:
+    faults.at(*range(16))
+    batches = read_all(faults.reader(capacity=capacity), 16)
+    assert [len(batch) for batch in batches] == ([5, 5, 5, 1] if capacity == 5 else [16])
+    got = np.concatenate(batches)
+    assert sorted(addresses(got)) == [faults.start + page * PAGE for page in range(16)]
+    ids, offsets = faults.table.dispatch(got)
+    assert set(ids.tolist()) == {0}
+    assert sorted(offsets) == [page * PAGE for page in range(16)]
+    assert uf.as_v2(got)["arg"].tolist() == addresses(got)
+    assert set(uf.as_v2(got)["type"].tolist()) == {1}
+
+
+def test_waiting_for_a_fault(faults: Faults) -> None:
+    reader = faults.reader()
+    before = time.monotonic()
+    assert len(reader.read(0.05)) == 0
+    assert time.monotonic() - before >= 0.05
+    later = threading.Timer(0.05, faults.at, [3], {"wait": False})
+    later.start()
+    assert addresses(reader.read(30)) == [faults.start + 3 * PAGE]
+    later.join()
+
+
 # -- on the real userfaultfd -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def u(needs_uffd: None) -> Iterator[uf.Userfaultfd]:
-    with uf.Userfaultfd() as opened:
-        yield opened
-
-
-def test_a_real_fault_says_where_and_who(u: uf.Userfaultfd) -> None:
-    region = u.map(4 * uf.PAGE_SIZE)
-    reader = uf.EventReader(u)
-    thread = touching(region, [2])
-    (record,) = reader.read(30)
+@only("msg")
+def test_a_msg_says_who(u: uf.Userfaultfd) -> None:
+    region = u.map(PAGE)
+    thread = touching(region, [0])
+    (record,) = uf.EventReader(u).read(30)
     assert record["event"] == 0x12
-    assert record["address"] == region.start + 2 * uf.PAGE_SIZE
     assert record["flags"] == 0
     assert record["ptid"] == thread.native_id
-    u.zeropage(region.start, region.length)
+    u.zeropage(region.start, PAGE)
     thread.join(30)
-
-
-def test_many_real_faults_in_one_read(u: uf.Userfaultfd) -> None:
-    region = u.map(16 * uf.PAGE_SIZE)
-    threads = [touching(region, [page]) for page in range(16)]
-    deadline = time.monotonic() + 30
-    while pending(u) < 16:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    got = uf.EventReader(u).read(30).copy()
-    assert sorted(got["address"]) == [region.start + page * uf.PAGE_SIZE for page in range(16)]
-    ids, offsets = u.regions.dispatch(got)
-    assert set(ids) == {region.id}
-    assert sorted(offsets) == [page * uf.PAGE_SIZE for page in range(16)]
-    assert sorted(uf.as_v2(got)["arg"]) == sorted(got["address"])
-    u.zeropage(region.start, region.length)
-    for thread in threads:
-        thread.join(30)
 
 
 def test_closing_the_userfaultfd_wakes_the_reader(u: uf.Userfaultfd) -> None:
@@ -253,14 +272,16 @@ def test_closing_the_userfaultfd_wakes_the_reader(u: uf.Userfaultfd) -> None:
         reader.read(30)
 
 
-def test_a_blocking_userfaultfd_is_refused_with_the_remedy(u: uf.Userfaultfd) -> None:
+def test_a_blocking_userfaultfd_is_refused_with_the_remedy(u: uf.Userfaultfd, wire: str) -> None:
     os.set_blocking(u.fileno(), True)
     with pytest.raises(ValueError, match="set_blocking"):
-        uf.EventReader(u.fileno(), api="msg")
+        uf.EventReader(u.fileno(), api=wire)
     os.set_blocking(u.fileno(), False)
-    assert len(uf.EventReader(u.fileno(), api="msg").read(0)) == 0
+    assert len(uf.EventReader(u.fileno(), api=wire).read(0)) == 0
 
 
-def test_a_wire_that_the_descriptor_does_not_speak(u: uf.Userfaultfd) -> None:
-    with pytest.raises(ValueError, match="speaks"):
-        uf.EventReader(u, api="v1" if u.api != "v1" else "v2")
+def test_a_wire_that_the_descriptor_does_not_speak(u: uf.Userfaultfd, wire: str) -> None:
+    for other in WIRES:
+        if other != wire:
+            with pytest.raises(ValueError, match=f"speaks {wire}, not {other}"):
+                uf.EventReader(u, api=other)

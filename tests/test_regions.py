@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import userfault as uf
+from support import LAB
 from userfault import _regions
 
 PAGE = uf.PAGE_SIZE
@@ -114,7 +115,7 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTable = TableMachine.TestCase
-TestTable.settings = settings(max_examples=40, stateful_step_count=30)
+TestTable.settings = settings(max_examples=5 if LAB else 40, stateful_step_count=30)
 
 
 @pytest.mark.parametrize("n", [1, 2, 64, 65, 1000, 100_000])

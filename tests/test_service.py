@@ -7,29 +7,16 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import userfault as uf
-from support import Child, touching
+from support import Child, only, touching
 from userfault._engine import STATS_DTYPE
 
 PAGE = uf.PAGE_SIZE
-
-
-@pytest.fixture
-def u(needs_uffd: None) -> Iterator[uf.Userfaultfd]:
-    with uf.Userfaultfd() as opened:
-        yield opened
-
-
-@pytest.fixture
-def service(u: uf.Userfaultfd) -> Iterator[uf.FaultService]:
-    with uf.FaultService(u) as opened:
-        yield opened
 
 
 def noise(n_bytes: int) -> np.ndarray:
@@ -110,9 +97,9 @@ def resident(region: uf.Region) -> np.ndarray:
     return entries >> np.uint64(63) == 1
 
 
-def test_neighbours_in_one_batch_are_one_run(needs_uffd: None) -> None:
+def test_neighbours_in_one_batch_are_one_run(wire: str) -> None:
     """Faults that wait when the service opens are read together, sorted, and filled with one ioctl."""
-    with uf.Userfaultfd() as u:
+    with uf.Userfaultfd(wire) as u:
         region = u.map(32 * PAGE)
         data = noise(32 * PAGE)
         source = uf.sources.Buffer(data)
@@ -128,10 +115,10 @@ def test_neighbours_in_one_batch_are_one_run(needs_uffd: None) -> None:
         service.close()
 
 
-def test_the_toucher_may_hold_the_gil(needs_uffd: None, child: Child) -> None:
+def test_the_toucher_may_hold_the_gil(wire: str, child: Child) -> None:
     done = child("""
         data = np.arange(64 * PAGE, dtype=np.uint8) | 1
-        with uf.Userfaultfd() as u, uf.FaultService(u) as service:
+        with uf.Userfaultfd(WIRE) as u, uf.FaultService(u) as service:
             region = u.map(64 * PAGE)
             service.serve(region, uf.sources.Buffer(data))
             a = region.array
@@ -243,7 +230,7 @@ def test_what_cannot_be_served(u: uf.Userfaultfd, service: uf.FaultService, tmp_
         service.serve(region, b"bytes")  # type: ignore[arg-type]
     with pytest.raises(uf.SourceError, match=r"has 4096 bytes, the region 8192"):
         service.serve(region, uf.sources.Buffer(bytes(PAGE)))
-    with uf.Userfaultfd() as other:
+    with uf.Userfaultfd(u.api) as other:
         foreign = other.map(PAGE)
         with pytest.raises(uf.RangeError, match="not, or no longer, registered"):
             service.serve(foreign, uf.sources.Zero())
@@ -296,10 +283,8 @@ def test_lazy_memory_as_the_source_of_another_is_refused(u: uf.Userfaultfd) -> N
     uf.sources.Buffer(memory)
 
 
-def test_features_that_a_service_does_not_follow(needs_uffd: None) -> None:
-    features = uf.probe().features
-    if features is None:
-        pytest.skip("this kernel has no msg")
+@only("msg")
+def test_features_that_a_service_does_not_follow(wire: str) -> None:
     with (
         uf.Userfaultfd("msg", uf.Feature.EVENT_REMAP) as u,
         pytest.raises(uf.UnsupportedError, match="EVENT_REMAP"),

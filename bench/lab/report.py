@@ -53,6 +53,12 @@ def wires(tests: list[dict[str, Any]]) -> dict[str, int]:
     return count
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A run's document, as `write_json` left it."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
 def write_json(path: pathlib.Path, document: dict[str, Any]) -> None:
     """The whole run, for machines."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import importlib.metadata
 
 import click
 
+from userfault.cli.bench import bench
 from userfault.cli.demo import demo
 from userfault.cli.doctor import doctor
 
@@ -34,5 +35,6 @@ def cli() -> None:
     """Linux userfaultfd for Python, at C speed."""
 
 
+cli.add_command(bench)
 cli.add_command(demo)
 cli.add_command(doctor)

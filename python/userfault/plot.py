@@ -1,0 +1,122 @@
+"""Plots of what the benchmarks found; needs the `plot` extra (matplotlib)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+_COLOURS = {"v1": "#0072b2", "v2": "#d55e00", "msg": "#009e73"}
+_BYTES = {"v1": "8 bytes", "v2": "16 bytes", "msg": "32 bytes"}
+_STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False}
+Row = dict[str, Any]
+
+
+def read_cost(facts: dict[str, Any], path: str) -> None:
+    """Draw what `userfault bench read` measured: the lab's counts, or without them the native times."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(10, 3.9), dpi=160, layout="constrained")
+        if "lab" in facts:
+            _lab(figure, facts["lab"])
+        else:
+            _native(figure, facts)
+        figure.savefig(path)
+
+
+def _lab(figure: Figure, lab: dict[str, Any]) -> None:
+    kernel, user, fault = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.7))
+    wires = list(dict.fromkeys(row["api"] for row in lab["read"]))
+    batches = sorted({row["batch"] for row in lab["read"]})
+
+    for i, wire in enumerate(wires):
+        rows = _of(lab["read"], wire)
+        shift = (i - (len(wires) - 1) / 2) * 0.27
+        places = [batches.index(row["batch"]) + shift for row in rows]
+        heights = [row["kernel"] for row in rows]
+        kernel.bar(places, heights, 0.25, color=_COLOURS[wire], label=f"{wire}, {_BYTES[wire]}")
+    kernel.set_xticks(range(len(batches)), [f"{batch:,}" for batch in batches])
+    kernel.set(
+        title="Kernel: a C loop over read(2)", xlabel="records a read()", ylabel="instructions a record"
+    )
+    kernel.legend(frameon=False, loc="upper right")
+
+    for wire in wires:
+        rows = _of(lab["read"], wire)
+        places = [row["batch"] for row in rows]
+        struct = [(row["struct"] - row["c"]) / row["batch"] for row in rows]
+        user.plot(places, struct, "s--", color=_COLOURS[wire], ms=4)
+        user.plot(places, [row["user"] for row in rows], "o-", color=_COLOURS[wire], ms=4)
+    _logarithmic(user, batches)
+    user.set(title="User side: above the C loop", xlabel="records a read()", ylabel="instructions a record")
+    if len(wires) > 1:
+        middle = (user.get_xlim()[0] * 1.4, user.get_ylim()[0] * 1.6)
+        user.annotate(f"{', '.join(wires)}:\nthe same", middle, color="0.3")
+    _styles(user, "userfault", "os.read + struct")
+
+    for i, wire in enumerate(wires):
+        row = next(
+            row for row in _of(lab["served"], wire) if row["source"] == "zero" and row["touchers"] == 1
+        )
+        bar = fault.bar(i, row["fault"], 0.7, color=_COLOURS[wire])
+        fault.bar_label(bar, fmt="{:,.0f}", fontsize=8.5)
+    fault.set_xticks(range(len(wires)), wires)
+    fault.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    fault.set(title="A fault, touch to touch", ylabel="instructions", xlabel="one page a fault")
+    figure.suptitle(
+        f"Linux {lab['kernel'].split('-')[0]} with RFC v1 and v2: guest instructions under QEMU -icount",
+        fontsize=11,
+    )
+
+
+def _native(figure: Figure, facts: dict[str, Any]) -> None:
+    axes = figure.subplots(1, 2, sharey=True)
+    titles = {"crowd": "userfaultfd, 1,024 or more faults pending", "pipe": "a pipe: every format"}
+    for ax, (source, title) in zip(axes, titles.items(), strict=True):
+        rows = [row for row in facts["native"] if row["source"] == source]
+        for wire in dict.fromkeys(row["api"] for row in rows):
+            places = [row["batch"] for row in _of(rows, wire)]
+            for name, style in (("struct", "s--"), ("ours", "o-"), ("c", "^:")):
+                times = [row[f"{name}_ns"] / row["batch"] for row in _of(rows, wire)]
+                ax.plot(places, times, style, color=_COLOURS[wire], ms=4)
+            ax.plot([], [], color=_COLOURS[wire], label=f"{wire}, {_BYTES[wire]}")
+        _logarithmic(ax, facts["batches"])
+        ax.set(title=title, xlabel="records a read()")
+        if rows:
+            ax.legend(frameon=False, loc="lower left")
+        else:
+            ax.text(0.5, 0.5, "not spoken here", transform=ax.transAxes, ha="center")
+    axes[0].set_ylabel("ns a record")
+    # The second legend of an axes replaces the first, unless that is an artist of its own.
+    if (first := axes[0].get_legend()) is not None:
+        axes[0].add_artist(first)
+    _styles(axes[0], "userfault", "os.read + struct", "C loop", loc="lower right")
+    figure.suptitle(
+        f"Linux {facts['kernel']}, {facts['processor']}: the best of {facts['rounds']} rounds", fontsize=11
+    )
+
+
+def _of(rows: list[Row], wire: str) -> list[Row]:
+    return sorted((row for row in rows if row["api"] == wire), key=lambda row: row.get("batch", 0))
+
+
+def _logarithmic(ax: Axes, batches: list[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(batches, [f"{batch:,}" for batch in batches])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.grid(axis="y", alpha=0.3)
+
+
+def _styles(ax: Axes, *names: str, loc: Any = "best") -> None:
+    """A legend of line styles, for every colour."""
+    styles = zip(("-", "--", ":"), ("o", "s", "^"), names, strict=False)
+    handles = [
+        Line2D([], [], color="0.3", ls=ls, marker=marker, ms=4, label=name) for ls, marker, name in styles
+    ]
+    ax.legend(handles=handles, frameon=False, loc=loc)

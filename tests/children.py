@@ -1,0 +1,99 @@
+"""Processes of their own for code that may hang, crash, or exit.
+
+Each is forked off one process that has imported numpy and userfault and done nothing else: on an emulated
+processor these imports take seconds. It ends as any interpreter does, finalization included.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from support import SLOWER
+
+# What a child's code finds imported and defined.
+PREAMBLE = """
+import ctypes, gc, json, mmap, os, select, signal, sys, threading, time
+import numpy as np
+import userfault as uf
+PAGE = uf.PAGE_SIZE
+
+def settles(service, counter, value):
+    # A fault's thread is awake a moment before the engine has counted it.
+    deadline = time.monotonic() + 30
+    while int(service.stats()[counter]) != value and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return int(service.stats()[counter]) == value
+"""
+
+NURSERY = """
+for line in sys.stdin:
+    request = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        break
+    ended = os.pidfd_open(pid)
+    in_time = bool(select.select([ended], [], [], request["timeout"])[0])
+    for kill in (os.killpg, os.kill):  # all that it left behind, too
+        try:
+            kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(ended)
+    print(json.dumps([in_time, status]), flush=True)
+else:
+    os._exit(0)
+os.setsid()
+for number, name in enumerate(("/dev/null", request["folder"] + "/stdout", request["folder"] + "/stderr")):
+    opened = os.open(name, os.O_RDWR | os.O_CREAT)
+    os.dup2(opened, number)
+    os.close(opened)
+WIRE, code = request["wire"], compile(request["code"], "<child>", "exec")
+del line, request, pid, number, name, opened
+exec(code)
+"""
+
+
+class Nursery:
+    """Runs one child at a time."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PREAMBLE + NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, code: str, wire: str = "auto", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run Python code with WIRE set; killed, and TimeoutExpired, after `timeout` native seconds."""
+        timeout *= min(SLOWER, 3)
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            request = {"code": textwrap.dedent(code), "wire": wire, "folder": folder, "timeout": timeout}
+            stdin.write(json.dumps(request) + "\n")
+            stdin.flush()
+            in_time, status = json.loads(stdout.readline())
+            texts = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+        if not in_time:
+            raise subprocess.TimeoutExpired("child", timeout, *texts)
+        return subprocess.CompletedProcess(["child"], status, *texts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self.process:
+            assert self.process.stdin is not None
+            self.process.stdin.close()

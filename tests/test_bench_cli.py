@@ -1,0 +1,217 @@
+"""`userfault bench`: its arguments, a small native run, the plot, and the comparison with a baseline."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import baseline
+import lab_read
+import userfault as uf
+from userfault.cli import bench, bench_report
+from userfault.cli.app import cli
+from userfault.plot import read_cost
+
+ROOT = Path(__file__).parents[1]
+MAIN = "from userfault.cli import main; main()"
+
+
+def run(
+    *arguments: str, cwd: Path = ROOT, before: str = "", timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which a hang cannot outlive."""
+    path = str(Path(uf.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", f"{before}\n{MAIN}", "bench", "read", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--wires", "v3"], "'v3' is no wire"),
+        (["--wires", ""], "'' is no wire"),
+        (["--batches", "0"], "'0' is not a number of records"),
+        (["--batches", "1,4097"], "'4097' is not a number of records"),
+        (["--batches", "x"], "'x' is not a number of records"),
+        (["--rounds", "0"], "not in the range"),
+        (["--json", "/no/such/folder/f.json"], "no such folder"),
+        (["--plot", "/no/such/folder/f.png"], "no such folder"),
+        (["--plot", "f.gif"], "must end in .png, .svg or .pdf"),
+    ],
+)
+def test_what_it_does_not_accept(arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(cli, ["bench", "read", *arguments])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.replace("│", " ").split())
+
+
+def test_outside_a_checkout_it_says_so(tmp_path: Path) -> None:
+    done = run(cwd=tmp_path)
+    assert done.returncode == 1
+    assert "clone the project" in done.stderr
+
+
+def test_the_checkout_is_found_from_below() -> None:
+    assert bench.checkout(ROOT / "bench" / "lab") == ROOT / "bench"
+
+
+def test_without_matplotlib_it_says_what_to_install() -> None:
+    done = run("--plot", "x.png", before="import sys; sys.modules['matplotlib'] = None")
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("pip install 'userfault[plot]'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_does_not_end_is_stopped(tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text("import time; time.sleep(60)")
+    with pytest.raises(bench.BenchError, match=r"slow\.py did not end within 0.5 s"):
+        bench._run([str(script)], 0.5)
+
+
+def test_of_a_failure_the_reason_is_shown(tmp_path: Path) -> None:
+    script = tmp_path / "wrong.py"
+    script.write_text("raise RuntimeError('no such luck')")
+    with pytest.raises(bench.BenchError, match=r"^RuntimeError: no such luck$"):
+        bench._run([str(script)], 60)
+
+
+@pytest.mark.usefixtures("needs_uffd")
+def test_a_small_native_run(tmp_path: Path) -> None:
+    document, picture = tmp_path / "f.json", tmp_path / "f.png"
+    done = run("--batches", "64,1", "--rounds", "2", "--json", str(document), "--plot", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    facts = json.loads(document.read_text())
+    assert facts["batches"] == [1, 64]
+    assert facts["rounds"] == 2
+    assert "lab" not in facts
+    rows = {(row["source"], row["api"], row["batch"]): row for row in facts["native"]}
+    spoken = uf.probe().apis
+    expected = {("pipe", api, batch) for api in bench.WIRES for batch in (1, 64)}
+    assert set(rows) == expected | {("crowd", str(api), batch) for api in spoken for batch in (1, 64)}
+    for row in facts["native"]:
+        assert min(row["ours_ns"], row["c_ns"], row["struct_ns"]) > 0
+        assert row["ours_ns_per_record"] == pytest.approx(row["ours_ns"] / row["batch"])
+        assert row["ours_to_c"] == pytest.approx(row["ours_ns"] / row["c_ns"])
+        assert row["pending"] >= (1024 if row["source"] == "crowd" else row["batch"])
+    for word in ("ratio to C", "os.read+struct", "pipe"):
+        assert word in done.stdout
+
+
+def lab_facts() -> dict[str, Any]:
+    """What the lab might find: v2 costs 25 instructions a record more in the kernel, and 30 a fault."""
+    read = [
+        {"api": api, "batch": batch, "c": kernel * batch, "struct": (kernel + 400) * batch}
+        | {"kernel": kernel, "user": 2000 / batch}
+        for api, per_record in (("v1", 200), ("v2", 225))
+        for batch in (1, 512)
+        for kernel in [per_record + 400 / batch]
+    ]
+    served = [
+        {"api": api, "source": "zero", "touchers": 1, "records_per_read": 1.0, "fault": fault}
+        for api, fault in (("v1", 7500.0), ("v2", 7530.0))
+    ]
+    found = {"kernel": "6.1.0-lab", "boots": 2, "read": read, "served": served}
+    return {"wires": ["v1", "v2"], "batches": [1, 512], "lab": found}
+
+
+def test_the_labs_figures_in_words() -> None:
+    said = bench_report.verdict(lab_facts())
+    assert "25 instructions more (201 to 226, +12%" in said
+    assert "the user's side none" in said
+    assert "+0.4% (7,500 to 7,530)" in said
+    assert "12.7 times cheaper (v1: 2,600 to 205 instructions)" in bench_report.decoding(lab_facts())
+    assert bench_report.verdict({"wires": ["v1", "v2"], "batches": [1]}) == ""
+
+
+def test_the_labs_figures_drawn(tmp_path: Path) -> None:
+    read_cost(lab_facts(), str(tmp_path / "lab.png"))
+    assert (tmp_path / "lab.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_each_wire_has_a_boot_that_speaks_it() -> None:
+    v1 = ["--param", "v1_api=0xAA"]
+    assert lab_read.boots_for(["v1", "v2", "msg"]) == [(v1, ["v1", "v2"]), ([], ["v2", "msg"])]
+    assert lab_read.boots_for(["v1"]) == [(v1, ["v1"])]
+    assert lab_read.boots_for(["v2"]) == [([], ["v2"])]
+    assert lab_read.boots_for(["msg"]) == [([], ["msg"])]
+
+
+def test_boots_are_merged() -> None:
+    rows = [{"api": "v2", "batch": 1, "c": c, "ours": 2000.0, "c_median": c} for c in (600.0, 603.0)]
+    rows.append({"api": "v1", "batch": 1, "c": 500.0, "ours": 1000.0})
+    v1, v2 = lab_read.merged(rows, ("api", "batch"))
+    assert v1 == {"api": "v1", "batch": 1, "c": 500.0, "ours": 1000.0, "boots": 1, "spread": 0.0}
+    assert v2 == {"api": "v2", "batch": 1, "c": 600.0, "ours": 2000.0, "boots": 2} | {
+        "spread": pytest.approx(0.005)
+    }
+    rows = [{"api": "v1", "source": "zero", "fault": fault} for fault in (7500.0, 7400.0, 7600.0)]
+    assert lab_read.merged(rows, ("api", "source"))[0]["fault"] == 7500.0
+
+
+def entry(figures: dict[str, float], **toolchain: str) -> dict[str, Any]:
+    return {"counted_by": "callgrind", "toolchain": toolchain, "instructions_per_call": figures}
+
+
+def test_baseline_fails_only_above_five_percent() -> None:
+    recorded = [entry({"read": 100.0, "lookup": 100.0}, python="3.11")]
+    assert baseline.check(recorded, entry({"read": 105.0, "lookup": 50.0}, python="3.11"))[0] == 0
+    status, lines = baseline.check(recorded, entry({"read": 105.1, "lookup": 100.0}, python="3.11"))
+    assert status == 1
+    assert lines[1:] == ["  read: 100.0 -> 105.1 instructions (+5.1%)"]
+
+
+def test_baseline_fails_when_a_figure_is_gone() -> None:
+    status, lines = baseline.check([entry({"read": 100.0})], entry({"new": 1.0}))
+    assert status == 1
+    assert "not counted any more" in lines[1]
+
+
+def test_baseline_of_another_toolchain_is_not_compared() -> None:
+    recorded = [entry({"read": 1.0}, python="3.11", cc="12"), entry({"read": 1.0}, python="3.10", cc="11")]
+    status, lines = baseline.check(recorded, entry({"read": 9.0}, python="3.11", cc="13"))
+    assert status == 0
+    assert lines[1:] == ["  cc: 12 recorded, 13 here"]
+    assert baseline.check([], entry({"read": 9.0}))[0] == 0
+
+
+def test_baseline_holds_one_entry_a_toolchain() -> None:
+    first, second = entry({"read": 1.0}, python="3.11"), entry({"read": 2.0}, python="3.12")
+    entries = baseline.update(baseline.update([], first), second)
+    assert entries == [first, second]
+    again = entry({"read": 3.0}, python="3.11")
+    assert baseline.update(entries, again) == [second, again]
+
+
+def test_baseline_reads_callgrinds_files(tmp_path: Path) -> None:
+    few, many = baseline.counted.FEW, baseline.counted.MANY
+    # The first pair warmed up: the last of each name counts.
+    for part, (calls, total) in enumerate([(few, 99_999), (many, 99_999), (few, 1_800), (many, 5_000)], 1):
+        text = f"version: 1\ndesc: Trigger: Client Request: read/v1/8:{calls}\nsummary: {total}\n"
+        (tmp_path / f"out.{part}").write_text(text)
+    (tmp_path / "out.10").write_text("desc: Trigger: Program termination\nsummary: 5\n")
+    assert baseline.parse(tmp_path) == {"read/v1/8": 100.0}
+
+
+def test_the_recorded_baseline_is_whole() -> None:
+    entries = json.loads(baseline.FILE.read_text())
+    assert {recorded["counted_by"] for recorded in entries} == {"callgrind", "icount"}
+    for recorded in entries:
+        assert {"python", "numpy", "cython", "compiler", "cc"} <= recorded["toolchain"].keys()
+        assert all(figure > 0 for figure in recorded["instructions_per_call"].values())
+    keys = [(recorded["counted_by"], tuple(recorded["toolchain"].items())) for recorded in entries]
+    assert len(set(keys)) == len(keys)
