@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from support import Child
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
