@@ -22,7 +22,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
 cdef class Descriptor:
     """Owner of the userfaultfd number `fd`, bound to the process that made it.
 
-    A borrowed number is somebody else's: it is never closed here, and a fork child may use it.
+    A borrowed number is somebody else's, and never closed here.
     """
 
     def __cinit__(self, int fd, bint borrowed=False):
@@ -48,22 +48,28 @@ cdef class Descriptor:
     cpdef int check(self) except -1:
         """The number. Raises ClosedError once closed, ForkedError in a fork child."""
         if self.closed:
-            raise ClosedError("closed already")
-        if not self.borrowed and getpid() != self.pid:
-            raise ForkedError(f"this userfaultfd belongs to process {self.pid}: its ioctls would act on that "
-                              "process's memory; open one in the child")
+            raise ClosedError("it is closed")
+        return self.of_this_process()
+
+    cdef int of_this_process(self) except -1:
+        if getpid() != self.pid:
+            raise ForkedError(f"this belongs to process {self.pid}, and its ioctls would act on that "
+                              "process's memory: make one of your own in the child")
         return self.fd
 
-    cpdef int hold(self) except -1:
-        """Keep the number open until `release`, and return it; raises as `check` does."""
-        cdef int fd = self.check()
+    cpdef int hold(self, bint even_closed=False) except -1:
+        """Keep the number open until `release`, and return it; raises as `check` does.
+
+        `even_closed`: also after close(), as long as others hold it.
+        """
+        cdef int fd = self.of_this_process() if even_closed and self.holders else self.check()
         self.holders += 1
         return fd
 
     cpdef object release(self):
         """Give a hold back; the last one closes the number."""
         self.holders -= 1
-        if self.holders == 0:
+        if self.holders == 0 and self.fd >= 0:
             if not self.borrowed:
                 c_close(self.fd)
             self.fd = -1
@@ -89,4 +95,12 @@ cdef class Descriptor:
         self.closed = True
         if getpid() == self.pid:
             c_write(self.closed_fd, &one, sizeof(one))
-        self.release()
+            self.release()
+        elif not self.borrowed:
+            # Whatever else holds it in a child uses it for nothing.
+            c_close(self.fd)
+            self.fd = -1
+
+    def reading(self):
+        """How many reads are in progress."""
+        return self.readers

@@ -9,27 +9,31 @@ waiting for ever or reading zeros. An engine whose service is closed stays as th
 this, until no registered memory is left.
 """
 
-from libc.errno cimport EAGAIN, EINTR, ENODATA, errno
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport EAGAIN, EFAULT, EINTR, ENODATA, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport abort, calloc, free
 from libc.string cimport memcpy, memset
 
-import threading
+import time
 
 import numpy as np
 
 from userfault cimport _abi
-from userfault._abi cimport c_read, load_int, msg_record, now, pollfd, ppoll, store_int, swap_int_if, timespec
+from userfault._abi cimport (
+    aligned_alloc, c_read, load_int, msg_record, now, pollfd, ppoll, store_int, swap_int_if, timespec,
+)
 from userfault._descriptor cimport Descriptor
-from userfault._errno cimport FORGET, NEXT, PARK, RETRY, STOP, decide
-from userfault._ioctl cimport PAGE_SIZE, uffd_copy, uffd_poison, uffd_wake, uffd_zeropage
-from userfault._regions cimport RegionTable, entry_t
+from userfault._errno cimport FORGET, NEXT, PARK, POISON, RETRY, STOP, decide, error_for
+from userfault._ioctl cimport (
+    PAGE_SIZE, uffd_copy, uffd_poison, uffd_wake, uffd_writeprotect, uffd_zeropage,
+)
+from userfault._regions cimport RegionTable
 from userfault._source cimport Source, source_t
+from userfault._tree cimport empty, enter, entry_t, find, leave, set_payload
 
 from userfault._consts import DTYPES, WIRES
-
-cdef extern from "<stdlib.h>" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
+from userfault.errors import BusyError, ClosedError, RangeError, SourceError, UffdError
 
 cdef extern from "<sys/mman.h>" nogil:
     int mprotect(void *address, size_t length, int protection)
@@ -38,10 +42,27 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
         pass
-    int SIG_BLOCK, SIGBUS, SIGSEGV, SIGFPE, SIGILL
+    int SIG_BLOCK, SIG_SETMASK, SIGBUS, SIGSEGV, SIGFPE, SIGILL
     int sigfillset(sigset_t *set)
     int sigdelset(sigset_t *set, int signal)
     int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_t:
+        pass
+    int pthread_create(pthread_t *thread, const void *attributes, void *(*start)(void *) noexcept nogil,
+                       void *argument)
+    int pthread_detach(pthread_t thread)
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(int pid, const iovec *local, unsigned long n_local, const iovec *remote,
+                             unsigned long n_remote, unsigned long flags)
+
+cdef extern from "<unistd.h>" nogil:
+    int gettid()
 
 cdef enum:
     SERVING = 0   # for a service
@@ -60,13 +81,20 @@ DEF FAILURES = 1024      # the last ones, for the report
 DEF UNKNOWNS = 256       # likewise
 DEF RETRY_NS = 1000000
 
+cdef extern from *:
+    """
+    static const char uf_last_words[] = "userfault: a page that has no data could be neither poisoned nor "
+        "protected; the process ends, or its thread would wait for ever\\n";
+    """
+    const char LAST_WORDS "uf_last_words"[]
+
 STAGES = ("no source serves it", "its source failed", "the kernel refused it")
 
 LATENCY_DTYPE = np.dtype([("from_ns", "<u8"), ("count", "<u8")])
 STATS_DTYPE = np.dtype(
     [(name, "<u8") for name in (
         "reads", "records", "duplicates", "runs", "pages", "bytes", "ioctls", "existing", "forgotten",
-        "parked", "failed", "unknown")]
+        "parked", "failed", "unprotected", "unknown")]
     + [("latency", LATENCY_DTYPE, (LATENCY_BUCKETS,))])
 FAILURE_DTYPE = np.dtype([("address", "<u8"), ("region", "<i8"), ("offset", "<i8"), ("errno", "<i4"),
                           ("stage", "<i4")])
@@ -108,6 +136,34 @@ cdef void sort(uint64_t *values, size_t n) noexcept nogil:
         gap //= 3
 
 
+cdef int read_own(void *to, const void *source, size_t length) noexcept nogil:
+    """memcpy that answers -EFAULT where the source is a mapping of a file that became shorter."""
+    cdef iovec local, remote
+    cdef ssize_t got
+    local.iov_base = to
+    remote.iov_base = <void *>source
+    local.iov_len = remote.iov_len = length
+    got = process_vm_readv(_abi.getpid(), &local, 1, &remote, 1, 0)
+    if got == <ssize_t>length:
+        return 0
+    if got >= 0 or errno == EFAULT:
+        return -EFAULT
+    memcpy(to, source, length)  # forbidden here, by seccomp or the kernel's configuration
+    return 0
+
+
+cdef void *run(Engine self) noexcept nogil:
+    """The thread's whole life. It takes the GIL only when there is nothing left to serve."""
+    self.native_id = gettid()
+    cdef int result = self.loop()
+    store_int(&self.state, GONE)
+    with gil:
+        self.error = -result
+        self.finish()
+        Py_DECREF(self)
+    return NULL
+
+
 cdef class Engine:
     """Serves the faults of one userfaultfd from the sources that the table's payloads name."""
 
@@ -125,9 +181,9 @@ cdef class Engine:
         self.wire = WIRES[api]
         self.can_poison = can_poison
         self.keep = {}
-        self.fd = descriptor.hold()
         self.descriptor = descriptor
-        descriptor.served = True
+        self.state = GONE
+        self.finished = True
 
     def __dealloc__(self):
         free(self.records)
@@ -137,73 +193,99 @@ cdef class Engine:
         free(self.failures)
         free(self.unknowns)
 
-    def start(self, bint as_keeper):
-        """Start the thread."""
+    def start(self, bint as_keeper, buffers):
+        """Start the thread, which keeps `buffers` alive with it.
+
+        Raises UffdError when there is no thread to be had, and BusyError when a service would share the
+        records with a read that is in progress.
+        """
+        cdef sigset_t blocked, before
+        cdef pthread_t thread
+        cdef int err
+        if self.descriptor.readers and not as_keeper:
+            raise BusyError("an EventReader is in read(): let it return first")
+        self.fd = self.descriptor.hold()
+        # Signals are for the threads that run Python's handlers, except those that are raised here.
+        sigfillset(&blocked)
+        for signal in (SIGBUS, SIGSEGV, SIGFPE, SIGILL):
+            sigdelset(&blocked, signal)
         self.state = KEEPER if as_keeper else SERVING
-        # A daemon: what is still served at interpreter exit is served until the process is gone.
-        self.thread = threading.Thread(target=self.run, name="userfault-engine", daemon=True)
-        self.thread.start()
-        # Faults that somebody read before and did not resolve are delivered again only after a wake.
+        self.finished = False
+        self.buffers = buffers
+        self.descriptor.served += 1
+        Py_INCREF(self)
+        pthread_sigmask(SIG_BLOCK, &blocked, &before)
+        # Not a threading.Thread: that needs the GIL to begin, which a thread that sleeps in a fault may hold.
+        err = pthread_create(&thread, NULL, <void *(*)(void *) noexcept nogil>run, <void *>self)
+        pthread_sigmask(SIG_SETMASK, &before, NULL)
+        if err:
+            self.finish()
+            Py_DECREF(self)
+            raise UffdError(err, "no thread to be had for the engine: raise RLIMIT_NPROC (ulimit -u) or the "
+                                 "cgroup's pids.max")
+        pthread_detach(thread)
+        self.wake_all()
+
+    cdef void finish(self) noexcept:
+        self.state = GONE
+        self.finished = True
+        self.buffers = None
+        self.descriptor.served -= 1
+        self.descriptor.release()
+
+    def wake_all(self):
+        """Faults that somebody read and did not resolve are delivered again only after a wake."""
         cdef uint64_t start, length
         for start, length, _, _ in self.table.ranges().tolist():
             uffd_wake(self.fd, start, length)
 
-    def run(self):
-        """The thread's whole life; `start` calls it."""
-        cdef sigset_t signals
-        cdef int result
-        # Signals are for the threads that run Python's handlers, except those that are raised here.
-        sigfillset(&signals)
-        for signal in (SIGBUS, SIGSEGV, SIGFPE, SIGILL):
-            sigdelset(&signals, signal)
-        pthread_sigmask(SIG_BLOCK, &signals, NULL)
-        with nogil:
-            result = self.loop()
-        self.error = -result
-        store_int(&self.state, GONE)
-        self.keep.clear()
-        self.descriptor.served = False
-        self.descriptor.release()
-
     def adopt(self):
-        """Turn the keeper back into a service's engine; False when its thread is gone already."""
-        return bool(swap_int_if(&self.state, KEEPER, SERVING))
+        """Serve a service (again); False when the thread is gone, or about to go."""
+        return not self.finished and (load_int(&self.state) == SERVING
+                                      or bool(swap_int_if(&self.state, KEEPER, SERVING)))
 
     def retire(self):
-        """Become the keeper; wait for the thread if no registered memory is left to keep."""
+        """Become the keeper; wait for the thread to end as long as no registered memory is left to keep."""
         swap_int_if(&self.state, SERVING, KEEPER)
         self.descriptor.kick()
-        if self.table.empty():
-            self.thread.join()
+        while empty(&self.table.tree) and not self.finished:
+            time.sleep(200e-6)
 
-    def alive(self):
-        """Whether the thread runs (in a fork child it does not)."""
-        return self.thread is not None and self.thread.is_alive()
+    def attach(self, int64_t region, uint64_t start, uint64_t length, Source source not None):
+        """Serve region `region`, registered at [start, start + length), from the source, from now on.
 
-    def attach(self, region, uint64_t start, uint64_t length, Source source not None):
-        """Serve [start, start + length) from the source, from now on."""
-        self.keep[region] = source
-        self.table.set_payload(start, start + length, &source.c)
-
-    def detach(self, region, uint64_t start, uint64_t length):
-        """Let go of one region's source: from now on its missing pages fail closed."""
+        Raises ClosedError, UffdError when the engine failed, SourceError, RangeError, and changes nothing.
+        """
+        if self.error:
+            raise error_for("the engine's read", self.error)
+        if load_int(&self.state) != SERVING:
+            raise ClosedError("the service is closed")
         if region in self.keep:
-            self.table.set_payload(start, start + length, NULL)
-            self.forget(region)
+            raise SourceError("the region is served already")
+        if source.c.size <= length - PAGE_SIZE:
+            raise SourceError(f"the source has {source.c.size} bytes, the region {length}: map no more than "
+                              "the source fills")
+        self.keep[region] = source
+        if not set_payload(&self.table.tree, start, start + length, region, &source.c):
+            del self.keep[region]
+            raise RangeError("the region is no longer registered")
+
+    def detach(self, int64_t region, uint64_t start, uint64_t length):
+        """Let go of one region's source; when it returns, the engine uses it no more."""
+        if region in self.keep:
+            set_payload(&self.table.tree, start, start + length, region, NULL)
+            self.table.quiesce()
+            self.keep.pop(region, None)
 
     def detach_all(self):
         """Let go of every source; when it returns, the engine uses none of them."""
         cdef uint64_t start, length
-        for start, length, _, _ in self.table.ranges().tolist():
-            self.table.set_payload(start, start + length, NULL)
+        served = list(self.keep)
+        for start, length, region, _ in self.table.ranges().tolist():
+            if region in self.keep:
+                set_payload(&self.table.tree, start, start + length, region, NULL)
         self.table.quiesce()
-        for region in [key for key, kept in self.keep.items() if isinstance(kept, Source)]:
-            del self.keep[region]
-
-    def forget(self, region):
-        """Give up the source of a region that the table no longer leads to."""
-        if region in self.keep:
-            self.table.quiesce()
+        for region in served:
             self.keep.pop(region, None)
 
     def stats(self):
@@ -250,7 +332,7 @@ cdef class Engine:
         fds[1].fd = self.descriptor.kick_fd
         fds[0].events = fds[1].events = _abi.POLLIN
         while True:
-            if load_int(&self.state) == KEEPER and self.table.empty():
+            if load_int(&self.state) == KEEPER and empty(&self.table.tree):
                 if swap_int_if(&self.state, KEEPER, GONE):
                     return 0
             # Reading first saves the poll whenever faults keep coming.
@@ -281,23 +363,30 @@ cdef class Engine:
         cdef uint64_t page = ~(PAGE_SIZE - 1), arg
         cdef const msg_record *msg
         cdef size_t i, n_pages = 0, record = 8
-        cdef bint fault
+        cdef bint fault, protected
         for i in range(n):
             if self.wire == _abi.WIRE_MSG:
                 msg = <const msg_record *>self.records + i
-                # A write-protect or minor fault is not a missing page.
-                fault = msg.event == _abi.UFFD_EVENT_PAGEFAULT and not msg.flags & (
-                    _abi.UFFD_PAGEFAULT_FLAG_WP | _abi.UFFD_PAGEFAULT_FLAG_MINOR)
+                fault = (msg.event == _abi.UFFD_EVENT_PAGEFAULT
+                         and not msg.flags & _abi.UFFD_PAGEFAULT_FLAG_MINOR)
+                protected = fault and msg.flags & _abi.UFFD_PAGEFAULT_FLAG_WP
                 arg = msg.address
                 record = sizeof(msg_record)
             elif self.wire == _abi.WIRE_V2:
                 fault = (<const _abi.v2_record *>self.records)[i].type == _abi.UFFD_PAGEFAULT
                 arg = (<const _abi.v2_record *>self.records)[i].arg
+                protected = fault and arg & _abi.UFFD_BIT_WP
                 record = sizeof(_abi.v2_record)
             else:
                 fault = True
                 arg = (<const _abi.v1_record *>self.records)[i].arg
-            if fault:
+                protected = arg & _abi.UFFD_BIT_WP
+            if protected:
+                # The data is there, and nobody is left who wants to know of the write.
+                uffd_writeprotect(self.fd, arg & page, PAGE_SIZE, 0)
+                self.counters.ioctls += 1
+                self.counters.unprotected += 1
+            elif fault:
                 self.pages[n_pages] = arg & page
                 n_pages += 1
             else:
@@ -309,7 +398,7 @@ cdef class Engine:
 
     cdef void serve(self, size_t n, int64_t since) noexcept nogil:
         """Resolve the n `pages`, which were read at time `since`, in runs of neighbours."""
-        cdef int ticket = self.table.enter()
+        cdef int ticket = enter(&self.table.tree)
         cdef size_t i = 0, first
         cdef uint64_t start, end
         cdef entry_t entry
@@ -319,7 +408,7 @@ cdef class Engine:
             first = i
             start = self.pages[i]
             end = start + PAGE_SIZE
-            held = self.table.find(start, &entry)
+            held = find(&self.table.tree, start, &entry)
             i += 1
             while i < n:
                 if self.pages[i] == end - PAGE_SIZE:
@@ -338,7 +427,7 @@ cdef class Engine:
                     end -= PAGE_SIZE
                     self.fail(&entry, end, 0, NO_SOURCE)
             self.counters.latency[bucket(now() - since)] += i - first
-        self.table.leave(ticket)
+        leave(&self.table.tree, ticket)
 
     cdef void fill(self, const entry_t *entry, const source_t *source, uint64_t start,
                    uint64_t length) noexcept nogil:
@@ -368,8 +457,7 @@ cdef class Engine:
         cdef uint64_t offset = start - entry.base, page, part
         cdef int result
         if source.direct != NULL:
-            memcpy(self.stage, source.direct + offset, has)
-            result = 0
+            result = read_own(self.stage, source.direct + offset, has)
         else:
             result = source.fill(source.ctx, offset, self.stage, has)
         if result == 0:
@@ -429,7 +517,7 @@ cdef class Engine:
     cdef void fail(self, const entry_t *entry, uint64_t page, int error, int stage) noexcept nogil:
         """Let the page fail closed, and note why. `entry` is NULL where no region holds the page."""
         cdef uint64_t done
-        cdef int result, decision
+        cdef int result, decision = POISON
         cdef failure_t *failure
         if self.can_poison:
             result = uffd_poison(self.fd, page, PAGE_SIZE, 0, &done)
@@ -439,17 +527,23 @@ cdef class Engine:
                 self.park(page)
                 return
             if decision == NEXT:
+                # A page, or the marker of a write-protected one that is missing, which must go first.
+                uffd_writeprotect(self.fd, page, PAGE_SIZE, 0)
                 uffd_wake(self.fd, page, PAGE_SIZE)
-                self.counters.ioctls += 1
+                self.counters.ioctls += 2
                 self.counters.existing += 1
                 return
             if decision == FORGET or decision == STOP:
                 self.counters.forgotten += 1
                 return
-        else:
-            # Before Linux 6.6. Only memory that is ours to protect, in case it was unmapped meanwhile.
-            if entry != NULL:
-                mprotect(<void *>page, PAGE_SIZE, PROT_NONE)
+        if not self.can_poison or decision == POISON:
+            # Before Linux 6.6, or refused. Each page splits the mapping; when there are no more mappings
+            # to be had, all that is left of the region goes. Waiting for ever is no choice, zeros are none.
+            if mprotect(<void *>page, PAGE_SIZE, PROT_NONE) != 0 and (
+                    entry == NULL
+                    or mprotect(<void *>entry.start, entry.end - entry.start, PROT_NONE) != 0):
+                _abi.c_write(2, LAST_WORDS, sizeof(LAST_WORDS) - 1)
+                abort()
             uffd_wake(self.fd, page, PAGE_SIZE)
             self.counters.ioctls += 1
         failure = self.failures + self.counters.failed % FAILURES

@@ -5,7 +5,9 @@ completed, and raise the exception of the errno table with its `done` set.
 """
 
 from libc.errno cimport EINTR, errno
-from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+from libc.stdint cimport INT64_MAX, UINT64_MAX, int64_t, uint64_t
+
+from operator import index
 
 from userfault cimport _abi
 from userfault._abi cimport (
@@ -132,17 +134,26 @@ cdef int uffd_writeprotect(int fd, uint64_t start, uint64_t length, uint64_t mod
     return call(fd, _abi.UFFDIO_WRITEPROTECT, &argument)
 
 
-cpdef int check_range(uint64_t start, uint64_t length) except -1:
-    """Raise RangeError unless [start, start + length) is a non-empty run of whole pages."""
-    if length == 0:
-        raise RangeError(f"empty range at {start:#x}: the length must be a positive multiple of {PAGE_SIZE}")
-    if start % PAGE_SIZE or length % PAGE_SIZE:
-        raise RangeError(f"[{start:#x}, +{length:#x}) is not page-aligned: start and length must be "
+cdef uint64_t as_u64(value) except? 0:
+    """The integer; TypeError for anything else, RangeError unless it is in [0, 2^64)."""
+    number = index(value)
+    if not 0 <= number <= <uint64_t>UINT64_MAX:
+        raise RangeError(f"{number:#x} is no address or size: below 0, or 2^64 and more")
+    return number
+
+
+cpdef uint64_t check_range(start, length) except? 0:
+    """The length; raises RangeError unless [start, start + length) is a non-empty run of whole pages."""
+    cdef uint64_t first = as_u64(start), size = as_u64(length)
+    if size == 0:
+        raise RangeError(f"empty range at {first:#x}: the length must be a positive multiple of {PAGE_SIZE}")
+    if first % PAGE_SIZE or size % PAGE_SIZE:
+        raise RangeError(f"[{first:#x}, +{size:#x}) is not page-aligned: start and length must be "
                          f"multiples of {PAGE_SIZE}")
     # Addresses of user space end far below 2^63; beyond, the signed keys of RegionTable would not do.
-    if start + length < start or start + length > <uint64_t>INT64_MAX:
-        raise RangeError(f"[{start:#x}, +{length:#x}) passes the end of the address space")
-    return 0
+    if first + size < first or first + size > <uint64_t>INT64_MAX:
+        raise RangeError(f"[{first:#x}, +{size:#x}) passes the end of the address space")
+    return size
 
 
 cdef object finish(str name, int result, uint64_t done):
@@ -170,90 +181,90 @@ def api(int fd, uint64_t version, uint64_t features):
     return bits, ioctls
 
 
-def register(int fd, uint64_t start, uint64_t length, uint64_t mode):
+def register(int fd, start, length, uint64_t mode):
     """UFFDIO_REGISTER: the bit mask of the ioctls that the range has."""
-    check_range(start, length)
+    cdef uint64_t size = check_range(start, length), first = start
     cdef uint64_t ioctls
     cdef int result
     with nogil:
-        result = uffd_register(fd, start, length, mode, &ioctls)
+        result = uffd_register(fd, first, size, mode, &ioctls)
     finish("UFFDIO_REGISTER", result, 0)
     return ioctls
 
 
-def unregister(int fd, uint64_t start, uint64_t length):
+def unregister(int fd, start, length):
     """UFFDIO_UNREGISTER: the range is ordinary memory again, its sleepers awake."""
-    check_range(start, length)
+    cdef uint64_t size = check_range(start, length), first = start
     cdef int result
     with nogil:
-        result = uffd_unregister(fd, start, length)
+        result = uffd_unregister(fd, first, size)
     finish("UFFDIO_UNREGISTER", result, 0)
 
 
-def wake(int fd, uint64_t start, uint64_t length):
+def wake(int fd, start, length):
     """UFFDIO_WAKE: every sleeper of the range tries again."""
-    check_range(start, length)
+    cdef uint64_t size = check_range(start, length), first = start
     cdef int result
     with nogil:
-        result = uffd_wake(fd, start, length)
+        result = uffd_wake(fd, first, size)
     finish("UFFDIO_WAKE", result, 0)
 
 
-def copy(int fd, uint64_t dst, uint64_t src, uint64_t length, uint64_t mode):
+def copy(int fd, dst, src, length, uint64_t mode):
     """UFFDIO_COPY: bytes copied. `src` need not be aligned."""
-    check_range(dst, length)
+    cdef uint64_t size = check_range(dst, length), to = dst, origin = as_u64(src)
     cdef uint64_t done
     cdef int result
     with nogil:
-        result = uffd_copy(fd, dst, src, length, mode, &done)
+        result = uffd_copy(fd, to, origin, size, mode, &done)
     return finish("UFFDIO_COPY", result, done)
 
 
-def move(int fd, uint64_t dst, uint64_t src, uint64_t length, uint64_t mode):
+def move(int fd, dst, src, length, uint64_t mode):
     """UFFDIO_MOVE: bytes moved."""
-    check_range(dst, length)
+    cdef uint64_t size = check_range(dst, length), to = dst, origin = as_u64(src)
     check_range(src, length)
     cdef uint64_t done
     cdef int result
     with nogil:
-        result = uffd_move(fd, dst, src, length, mode, &done)
+        result = uffd_move(fd, to, origin, size, mode, &done)
     return finish("UFFDIO_MOVE", result, done)
 
 
-def zeropage(int fd, uint64_t start, uint64_t length, uint64_t mode):
+def zeropage(int fd, start, length, uint64_t mode):
     """UFFDIO_ZEROPAGE: bytes mapped to the zero page."""
-    check_range(start, length)
+    cdef uint64_t size = check_range(start, length), first = start
     cdef uint64_t done
     cdef int result
     with nogil:
-        result = uffd_zeropage(fd, start, length, mode, &done)
+        result = uffd_zeropage(fd, first, size, mode, &done)
     return finish("UFFDIO_ZEROPAGE", result, done)
 
 
-def continue_(int fd, uint64_t start, uint64_t length, uint64_t mode):
+def continue_(int fd, start, length, uint64_t mode):
     """UFFDIO_CONTINUE: bytes mapped from the page cache."""
-    check_range(start, length)
+    cdef uint64_t size = check_range(start, length), first = start
     cdef uint64_t done
     cdef int result
     with nogil:
-        result = uffd_continue(fd, start, length, mode, &done)
+        result = uffd_continue(fd, first, size, mode, &done)
     return finish("UFFDIO_CONTINUE", result, done)
 
 
-def poison(int fd, uint64_t start, uint64_t length, uint64_t mode):
+def poison(int fd, start, length, uint64_t mode):
     """UFFDIO_POISON: bytes whose touch raises SIGBUS from now on."""
-    check_range(start, length)
+    cdef uint64_t size = check_range(start, length), first = start
     cdef uint64_t done
     cdef int result
     with nogil:
-        result = uffd_poison(fd, start, length, mode, &done)
+        result = uffd_poison(fd, first, size, mode, &done)
     return finish("UFFDIO_POISON", result, done)
 
 
-def writeprotect(int fd, uint64_t start, uint64_t length, uint64_t mode):
+def writeprotect(int fd, start, length, uint64_t mode):
     """UFFDIO_WRITEPROTECT: arm or, without MODE_WP, disarm and wake."""
-    check_range(start, length)
+    cdef uint64_t size = check_range(start, length), first = start
     cdef int result
     with nogil:
-        result = uffd_writeprotect(fd, start, length, mode)
+        result = uffd_writeprotect(fd, first, size, mode)
     finish("UFFDIO_WRITEPROTECT", result, 0)

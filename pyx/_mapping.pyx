@@ -13,6 +13,7 @@ from userfault._descriptor cimport Descriptor
 from userfault._errno cimport error_for
 from userfault._ioctl cimport check_range, uffd_unregister
 from userfault._regions cimport RegionTable
+from userfault._tree cimport cut
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
@@ -32,8 +33,8 @@ cdef class Mapping:
     Raises RangeError for a length that is not whole pages, UffdError (ENOMEM) when there is no room.
     """
 
-    def __cinit__(self, uint64_t length):
-        check_range(0, length)
+    def __cinit__(self, bytes_wanted):
+        cdef uint64_t length = check_range(0, bytes_wanted)
         check_range(HUGE, length + HUGE)
         # Room for the alignment, cut off again below. NORESERVE: regions may be larger than memory.
         cdef char *room = <char *>mmap(NULL, length + HUGE, PROT_READ | PROT_WRITE,
@@ -76,7 +77,7 @@ cdef class Mapping:
         # A fork child has none of this memory (DONTFORK), and may have other memory at the address.
         if getpid() == self.pid:
             if self.descriptor is not None:
-                self.table.drop(self.start, self.start + self.length)
+                cut(&self.table.tree, self.start, self.start + self.length)
                 # First unregister: with the unmap event on, munmap would wait for a reader.
                 uffd_unregister(self.descriptor.fd, self.start, self.length)
             munmap(<void *>self.start, self.length)
@@ -85,8 +86,13 @@ cdef class Mapping:
             self.descriptor.release()
 
 
-def inherit(uint64_t start, uint64_t length, bint inherited):
-    """MADV_DOFORK or MADV_DONTFORK: whether fork children get the range. Raises UffdError."""
-    check_range(start, length)
-    if c_madvise(<void *>start, length, MADV_DOFORK if inherited else MADV_DONTFORK) != 0:
+def keep_from_children(uint64_t start, uint64_t length):
+    """MADV_DONTFORK and MADV_NOHUGEPAGE, as a Mapping has them. Raises UffdError."""
+    if c_madvise(<void *>start, length, MADV_DONTFORK) != 0:
         raise error_for("madvise(MADV_DONTFORK)", errno)
+    c_madvise(<void *>start, length, MADV_NOHUGEPAGE)
+
+
+def give_to_children(uint64_t start, uint64_t length):
+    """MADV_DOFORK. Memory that is gone by now has nothing to give."""
+    c_madvise(<void *>start, length, MADV_DOFORK)

@@ -11,6 +11,7 @@ from libc.string cimport memmove
 import os
 import socket
 import stat
+from operator import index
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from userfault._consts import DTYPES, MSG_DTYPE, V1_DTYPE, V2_DTYPE
 from userfault.errors import (
     BusyError, ClosedError, EndOfRecordsError, RecordError, TruncatedRecordError,
 )
+from userfault.negotiation import probe
 
 cdef enum:
     TIMED_OUT = -100001
@@ -104,7 +106,8 @@ cdef class EventReader:
     cdef bint framed           # each read() ends with a message: no later bytes complete a record
     cdef bint busy
 
-    def __init__(self, source, capacity=512, api=None):
+    def __cinit__(self, source, capacity=512, api=None):
+        capacity = index(capacity)
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 record, not {capacity}")
         self.parent = getattr(source, "_descriptor", None)
@@ -117,7 +120,9 @@ cdef class EventReader:
         elif not isinstance(api, str) or api not in DTYPES:
             raise ValueError(f"a bare descriptor needs api= one of {', '.join(DTYPES)}, not {api!r}")
         else:
-            fd = source if isinstance(source, int) else source.fileno()
+            fd = source.fileno() if hasattr(source, "fileno") else index(source)
+            if not 0 <= fd < 1 << 31:
+                raise error_for(f"descriptor {fd}", EBADF)
             try:
                 mode = os.fstat(fd).st_mode
                 self.poll_first = os.get_blocking(fd)
@@ -129,6 +134,8 @@ cdef class EventReader:
                 if self.poll_first:
                     raise ValueError(f"descriptor {fd} is a blocking userfaultfd, which cannot be polled: "
                                      f"call os.set_blocking({fd}, False) first")
+                if api not in probe().apis:
+                    raise ValueError(f"descriptor {fd} is a userfaultfd, and the kernel does not speak {api}")
             elif stat.S_ISSOCK(mode):
                 with socket.socket(fileno=os.dup(fd)) as peer:
                     self.framed = peer.type != socket.SOCK_STREAM
@@ -174,15 +181,18 @@ cdef class EventReader:
                             "use one reader per thread")
         cdef int fd = self.own.check()
         if self.parent is not None:
-            if self.parent.served:
-                raise BusyError("a FaultService (or its keeper) reads this userfaultfd")
             self.parent.hold()
+            if self.parent.served:
+                self.parent.release()
+                raise BusyError("a FaultService (or its keeper) reads this userfaultfd")
+            self.parent.readers += 1
         self.busy = True
         try:
             return self.records(fd, deadline)
         finally:
             self.busy = False
             if self.parent is not None:
+                self.parent.readers -= 1
                 self.parent.release()
 
     cdef object records(self, int fd, int64_t deadline):

@@ -65,6 +65,7 @@ static inline size_t uf_count_avx2(const int64_t *keys, int64_t address)
 
 /* Addresses to ids and, unless `offsets` is NULL, offsets from the base of the region; -1 where none. */
 typedef void uf_locate_fn(const uf_root *, const char *, ptrdiff_t, size_t, int64_t *, int64_t *);
+typedef void uf_locate_one_fn(const uf_leaf *, const char *, ptrdiff_t, size_t, int64_t *, int64_t *);
 
 #define UF_DEFINE_LOCATE(NAME, TARGET, COUNT)                                                          \
     TARGET static void NAME(const uf_root *root, const char *addresses, ptrdiff_t stride, size_t n,    \
@@ -78,7 +79,7 @@ typedef void uf_locate_fn(const uf_root *, const char *, ptrdiff_t, size_t, int6
             size_t width = n - done < UF_LANES ? n - done : UF_LANES;                                  \
             for (size_t k = 0; k < width; k++) {                                                       \
                 lane[k] = *(const uint64_t *)(addresses + (ptrdiff_t)(done + k) * stride);             \
-                key[k] = (int64_t)lane[k] < 0 ? 0 : (int64_t)lane[k];                                  \
+                key[k] = lane[k] < INT64_MAX ? (int64_t)lane[k] : 0; /* not a key of padding */         \
                 at[k] = 0;                                                                             \
             }                                                                                          \
             for (int level = root->n_levels - 1; level >= 0; level--)                                  \
@@ -110,10 +111,9 @@ typedef void uf_locate_fn(const uf_root *, const char *, ptrdiff_t, size_t, int6
 
 /* A table of one region, the commonest of all: one comparison an address, and no search. */
 #define UF_DEFINE_LOCATE_ONE(NAME, TARGET)                                                             \
-    TARGET static void NAME(const uf_root *root, const char *addresses, ptrdiff_t stride, size_t n,    \
+    TARGET static void NAME(const uf_leaf *leaf, const char *addresses, ptrdiff_t stride, size_t n,    \
                             int64_t *ids, int64_t *offsets)                                            \
     {                                                                                                  \
-        const uf_leaf *leaf = root->leaves[0];                                                         \
         const uint64_t start = (uint64_t)leaf->starts[0], length = leaf->pieces[0].end - start;        \
         const uint64_t base = leaf->pieces[0].base;                                                    \
         const int64_t id = leaf->pieces[0].id;                                                         \
@@ -158,19 +158,23 @@ static void uf_locate(int search, const uf_root *root, const char *addresses, pt
 {
 #if defined(__x86_64__)
     static uf_locate_fn *const many[] = {uf_locate_plain, uf_locate_avx2, uf_locate_avx512};
-    static uf_locate_fn *const one[] = {uf_locate_one_plain, uf_locate_one_avx2, uf_locate_one_avx512};
+    static uf_locate_one_fn *const one[] = {uf_locate_one_plain, uf_locate_one_avx2, uf_locate_one_avx512};
 #else
     static uf_locate_fn *const many[] = {uf_locate_plain};
-    static uf_locate_fn *const one[] = {uf_locate_one_plain};
+    static uf_locate_one_fn *const one[] = {uf_locate_one_plain};
 #endif
-    uf_locate_fn *locate = root->n_leaves == 1 && root->leaves[0]->n == 1 ? one[search] : many[search];
-    locate(root, addresses, stride, n, ids, offsets);
+    /* Loaded once: a writer may put another in its place. */
+    const uf_leaf *first = __atomic_load_n(&root->leaves[0], __ATOMIC_ACQUIRE);
+    if (root->n_leaves == 1 && first->n == 1)
+        one[search](first, addresses, stride, n, ids, offsets);
+    else
+        many[search](root, addresses, stride, n, ids, offsets);
 }
 
 /* One address, from the engine: the leaf that may hold it, and the place in the leaf. */
 static inline const uf_leaf *uf_find(const uf_root *root, uint64_t address, size_t *place)
 {
-    int64_t key = (int64_t)address < 0 ? 0 : (int64_t)address;
+    int64_t key = address < INT64_MAX ? (int64_t)address : 0;
     size_t at = 0, count;
     for (int level = root->n_levels - 1; level >= 0; level--)
         at = at * 8 + uf_count_plain(root->levels[level] + at * 8, key) - 1;

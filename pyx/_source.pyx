@@ -7,6 +7,7 @@ from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
 import os
 import stat
 import weakref
+from operator import index
 
 from userfault._abi cimport c_close, pread
 
@@ -114,6 +115,7 @@ cdef class File(Source):
         self.file.fd = -1
 
     def __init__(self, path, offset=0):
+        offset = index(offset)
         if self.file.fd >= 0:
             raise SourceError("a File is opened once")
         # NONBLOCK: opening a FIFO would wait for its writer. A regular file knows no difference.

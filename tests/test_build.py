@@ -18,7 +18,8 @@ CLIENT = """
 from libc.stdint cimport uint64_t
 from userfault cimport _abi
 from userfault._ioctl cimport uffd_wake
-from userfault._regions cimport RegionTable, entry_t
+from userfault._regions cimport RegionTable
+from userfault._tree cimport enter, entry_t, find, leave
 
 
 def where(RegionTable table, uint64_t address):
@@ -26,9 +27,9 @@ def where(RegionTable table, uint64_t address):
     cdef bint held
     cdef int ticket
     with nogil:
-        ticket = table.enter()
-        held = table.find(address, &found)
-        table.leave(ticket)
+        ticket = enter(&table.tree)
+        held = find(&table.tree, address, &found)
+        leave(&table.tree, ticket)
     return (found.id, address - found.base) if held else None
 
 

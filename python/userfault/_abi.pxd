@@ -110,6 +110,9 @@ cdef inline int64_t now() noexcept nogil:
     clock_gettime(CLOCK_MONOTONIC, &t)
     return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
 
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_read "read"(int fd, void *data, size_t count)
     ssize_t c_write "write"(int fd, const void *data, size_t count)

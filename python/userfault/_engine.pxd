@@ -1,8 +1,9 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from userfault._descriptor cimport Descriptor
-from userfault._regions cimport RegionTable, entry_t
+from userfault._regions cimport RegionTable
 from userfault._source cimport source_t
+from userfault._tree cimport entry_t
 
 cdef enum:
     LATENCY_BUCKETS = 496
@@ -20,6 +21,7 @@ cdef struct counters_t:
     uint64_t forgotten
     uint64_t parked
     uint64_t failed
+    uint64_t unprotected
     uint64_t unknown
     uint64_t latency[LATENCY_BUCKETS]
 
@@ -35,7 +37,9 @@ cdef class Engine:
     cdef Descriptor descriptor
     cdef RegionTable table
     cdef readonly dict keep     # what must live while the engine may use it
-    cdef readonly object thread
+    cdef object buffers         # registered memory of the user's, alive as long as the thread
+    cdef readonly bint finished  # the thread has ended, or never began
+    cdef readonly int native_id
     cdef int wire
     cdef bint can_poison
     cdef int state
@@ -50,6 +54,7 @@ cdef class Engine:
     cdef failure_t *failures
     cdef char *unknowns
 
+    cdef void finish(self) noexcept
     cdef int loop(self) noexcept nogil
     cdef size_t decode(self, size_t n) noexcept nogil
     cdef void serve(self, size_t n, int64_t since) noexcept nogil

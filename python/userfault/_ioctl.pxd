@@ -16,4 +16,5 @@ cdef int uffd_poison(int fd, uint64_t start, uint64_t length, uint64_t mode, uin
 cdef int uffd_writeprotect(int fd, uint64_t start, uint64_t length, uint64_t mode) noexcept nogil
 
 cdef uint64_t PAGE_SIZE
-cpdef int check_range(uint64_t start, uint64_t length) except -1
+cdef uint64_t as_u64(value) except? 0
+cpdef uint64_t check_range(start, length) except? 0

@@ -103,6 +103,8 @@ def _msg(call: Call, available: Feature, features: Features) -> Agreement:
     elif features is None:
         asked = DEFAULT
     else:
+        if not isinstance(features, int) or features < 0:
+            raise TypeError(f'features are Feature flags, "all" or None, not {features!r}')
         asked = Feature(features)
         if missing := _without(asked, available):
             raise _unsupported(f"no {names(Feature(missing))}", names(available))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -68,18 +68,20 @@ class Region:
     def unregister(self) -> None:
         """Make it ordinary memory again: from now on, pages that were never filled read as zeros.
 
-        Raises ClosedError when the region or its userfaultfd is closed, ForkedError in a fork child.
+        Memory that was registered, not mapped, may be unregistered also after close(). Raises ClosedError
+        when it is not registered any more, ForkedError in a fork child.
         """
-        if self._closed:
-            raise ClosedError("the region is closed")
+        if self._userfaultfd.regions.lookup(self.start) != self.id:
+            raise ClosedError("the region is not registered any more")
         self._userfaultfd._unregister(self)
-        self._closed = not self._mapped
 
     def close(self) -> None:
         """Let go of the memory, served no more. Idempotent; nothing happens in a fork child.
 
         Mapped memory is unmapped with the last view of it. As long as views live, and for memory that was
-        registered, which belongs to the caller, a missing page fails closed: touching it raises SIGBUS.
+        registered, which belongs to the caller, its missing pages fail closed (touching one raises SIGBUS)
+        once a service has been open or the userfaultfd is closed; until then its faults go to whoever
+        reads the userfaultfd.
         """
         if not self._closed:
             self._closed = True
@@ -87,10 +89,13 @@ class Region:
 
     def _release(self) -> None:
         """Drop our own hold on mapped memory: without views it is unmapped here and now."""
+        self._closed = True
         if self._mapped:
-            self._closed = True
             self._array = None
             self._memory = None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Region cannot be copied or pickled: copy its array")
 
     def __repr__(self) -> str:
         return f"<Region {self.id} [{self.start:#x}, +{self.length:#x}) {names(self.mode)}>"

@@ -6,16 +6,16 @@ import errno
 import os
 import sys
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from userfault._consts import PAGE_SIZE
 from userfault._engine import STAGES
 from userfault._source import Source
-from userfault.errors import BusyError, ClosedError, ForkedError, RangeError, SourceError, UnsupportedError
-from userfault.flags import Api, Feature, RegisterMode, names
+from userfault.errors import BusyError, ClosedError, RangeError, SourceError, UnsupportedError
+from userfault.flags import Api, Feature, names
+from userfault.procmaps import first_present
 from userfault.region import Region
 from userfault.uffd import Userfaultfd
 
@@ -47,23 +47,29 @@ class FaultService:
     that report more than missing pages.
     """
 
-    def __init__(self, userfaultfd: Userfaultfd) -> None:
-        userfaultfd.fileno()
-        if userfaultfd._service is not None:
-            raise BusyError("another FaultService is open on this userfaultfd")
-        wrong = Feature(userfaultfd.features) & (_EVENTS | Feature.SIGBUS)
-        if userfaultfd.api == Api.MSG and wrong:
-            raise UnsupportedError(
-                errno.EOPNOTSUPP, f"a FaultService does not follow {names(wrong)}: open without these"
-            )
-        for region in list(userfaultfd._alive.values()):
-            if region.mode != RegisterMode.MISSING:
+    def __init__(self, userfaultfd: Userfaultfd, workers: int = 1) -> None:
+        if not isinstance(userfaultfd, Userfaultfd):
+            raise TypeError(f"need a Userfaultfd, not {type(userfaultfd).__name__}")
+        if workers != 1:
+            raise ValueError(f"this version has one engine thread, not workers={workers!r}")
+        with userfaultfd._ours():
+            if userfaultfd._service is not None:
+                raise BusyError("another FaultService is open on this userfaultfd")
+            wrong = Feature(userfaultfd.features) & (_EVENTS | Feature.SIGBUS)
+            if userfaultfd.api == Api.MSG and wrong:
                 raise UnsupportedError(
-                    errno.EOPNOTSUPP, f"a FaultService serves missing pages only: unregister {region!r} first"
+                    errno.EOPNOTSUPP, f"a FaultService does not follow {names(wrong)}: open without these"
                 )
-        self._userfaultfd = userfaultfd
-        self._engine = userfaultfd._ensure_engine(as_keeper=False)
-        userfaultfd._service = self
+            held = set(userfaultfd.regions.ranges()["id"].tolist())
+            for number, mode in userfaultfd._special.items():
+                if number in held:
+                    raise UnsupportedError(
+                        errno.EOPNOTSUPP,
+                        f"a service serves missing pages only: unregister region {number} ({names(mode)})",
+                    )
+            self._userfaultfd = userfaultfd
+            self._engine = userfaultfd._ensure_engine(as_keeper=False)
+            userfaultfd._service = self
 
     @property
     def closed(self) -> bool:
@@ -73,33 +79,33 @@ class FaultService:
         """Fill the region's pages from the source, each when it is first touched.
 
         The source's last, partial page is filled up with zeros. Raises SourceError when the source has
-        fewer pages than the region, or is no Source, or the region is served already; RangeError for
-        another userfaultfd's region; ClosedError, ForkedError.
+        fewer pages than the region, or is no Source, or the region is served already, or it is memory that
+        has pages already, which would keep what they hold; RangeError for another userfaultfd's region;
+        ClosedError, ForkedError; UffdError when the engine has failed.
         """
-        if os.getpid() != self._userfaultfd._descriptor.pid:
-            raise ForkedError("this service belongs to another process; open one in the child")
-        if self.closed:
-            raise ClosedError("the service is closed")
+        if not isinstance(region, Region):
+            raise TypeError(f"need a Region, not {type(region).__name__}")
         if not isinstance(source, Source):
-            why = (
-                "Python code would need the GIL, which the thread that touches the page may hold: "
-                if (callable(source))
-                else ""
-            )
+            why = ""
+            if callable(source):
+                why = "Python code needs the GIL, which the thread that touches the page may hold; "
             raise SourceError(
                 f"{type(source).__name__} is not a page source: {why}"
                 "use userfault.sources.Zero, Buffer or File"
             )
-        if region._userfaultfd is not self._userfaultfd or not region.registered:
-            raise RangeError(f"{region!r} is not, or no longer, registered with this service's userfaultfd")
-        if region.id in self._engine.keep:
-            raise SourceError(f"{region!r} is served already")
-        if source.nbytes <= region.length - PAGE_SIZE:
-            raise SourceError(
-                f"the source has {source.nbytes} bytes, the region {region.length}: "
-                "map no more than the source fills"
-            )
-        self._engine.attach(region.id, region.start, region.length, source)
+        if region._userfaultfd is not self._userfaultfd:
+            raise RangeError(f"{region!r} is not registered with this service's userfaultfd")
+        with self._userfaultfd._ours():
+            if self.closed:
+                raise ClosedError("the service is closed")
+            if not region.registered:
+                raise RangeError(f"{region!r} is no longer registered")
+            if not region._mapped and (page := first_present(region.start, region.length)) is not None:
+                raise SourceError(
+                    f"{region!r} has a page at {page:#x} already, which would keep what it holds: "
+                    "serve memory that was never touched"
+                )
+            self._engine.attach(region.id, region.start, region.length, source)
 
     def stats(self) -> np.void:
         """The counters so far: a scalar of this structured dtype.
@@ -107,7 +113,8 @@ class FaultService:
         `reads` (system calls that returned records), `records`, `duplicates` (faults of a page that was in
         the batch already), `runs` (of neighbouring pages, filled together), `pages` and `bytes` (filled),
         `ioctls`, `existing` (pages somebody else had brought), `forgotten` (no longer registered),
-        `parked` (to be retried), `failed` (closed), `unknown` (records that are not page faults), and
+        `parked` (to be retried), `failed` (closed), `unprotected` (write-protect faults, which are let
+        through), `unknown` (records that are not page faults), and
         `latency`, shape (496,) of `from_ns` and `count`: nanoseconds from read to resolved, eight buckets
         an octave.
         """
@@ -129,11 +136,14 @@ class FaultService:
 
         When it returns no source is in use. A keeper goes on while registered memory remains.
         """
-        if self.closed or os.getpid() != self._userfaultfd._descriptor.pid:
+        if os.getpid() != self._userfaultfd._descriptor.pid:
             return
-        self._userfaultfd._service = None
-        self._engine.detach_all()
-        self._engine.retire()
+        with self._userfaultfd._lock:
+            if not self.closed:
+                # Last of all the mark: an interrupted close is completed by the next.
+                self._engine.detach_all()
+                self._engine.retire()
+                self._userfaultfd._service = None
 
     def __enter__(self) -> Self:
         return self
@@ -142,6 +152,9 @@ class FaultService:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a FaultService cannot be copied or pickled: it is a running thread")
 
     def __del__(self) -> None:
         if hasattr(self, "_engine") and not sys.is_finalizing():

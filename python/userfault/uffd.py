@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
+import time
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import numpy as np
 
@@ -57,7 +59,10 @@ class Userfaultfd:
             raise
         self.regions = RegionTable()
         self._alive: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
-        self._registered: dict[int, Region] = {}  # the caller's memory: held until unregistered
+        self._buffers: dict[int, memoryview | None] = {}  # the caller's memory, until it is unregistered
+        self._special: dict[int, RegisterMode] = {}  # regions that report more than missing pages
+        # Held by whoever changes any of this; never by the engine, which waits for nobody.
+        self._lock = threading.RLock()
         self._engine: Engine | None = None
         self._service: FaultService | None = None
 
@@ -92,11 +97,18 @@ class Userfaultfd:
         A fork child does not get the memory (MADV_DONTFORK): it would read zeros where pages are missing.
         Raises RangeError unless the length is whole pages; UffdError for want of memory or mappings.
         """
-        mapping = _mapping.Mapping(length)
-        number, ioctls = self._register(mapping.start, length, mode)
-        mapping.attach(self._descriptor, self.regions)
-        weakref.finalize(mapping, _forget, weakref.ref(self), number).atexit = False
-        return self._region(number, mapping.start, length, mode, ioctls, mapping, True)
+        mode = RegisterMode(mode)
+        with self._ours():
+            mapping = _mapping.Mapping(length)
+            start, length = mapping.start, mapping.length
+            number, ioctls = self._register(start, length, mode)
+            try:
+                mapping.attach(self._descriptor, self.regions)
+            except BaseException:  # a signal handler may have closed it
+                self.regions.remove(start, length)
+                raise
+            weakref.finalize(mapping, _forget, weakref.ref(self), number, start, length).atexit = False
+            return self._region(number, start, length, mode, ioctls, mapping, True)
 
     def register(
         self,
@@ -113,30 +125,41 @@ class Userfaultfd:
         UnsupportedError (shared, file-backed, huge-page, heap or stack memory), SourceError (it is the
         memory of a Buffer source), UffdError (EBUSY: registered elsewhere), TypeError for a read-only buffer.
         """
+        mode = RegisterMode(mode)
         view = None
-        if isinstance(memory, int):
+        if isinstance(memory, (int, np.integer)):
             if length is None:
                 raise TypeError("an address needs a length")
-            start = memory
+            start = int(memory)
         else:
             if length is not None:
                 raise TypeError("a buffer brings its own length")
             view = memoryview(cast(Any, memory))
             if view.readonly:
                 raise TypeError("the buffer is read-only: its pages could not be filled")
+            if not view.c_contiguous:
+                raise RangeError("the buffer is not contiguous: register whole pages")
             flat = np.frombuffer(view, np.uint8)
             start, length = flat.ctypes.data, flat.nbytes
-        _ioctl.check_range(start, length)
-        _check_ordinary(start, length)
-        refuse_live_buffers(start, start + length)
-        number, ioctls = self._register(start, length, mode)
-        _mapping.inherit(start, length, False)
-        region = self._region(number, start, length, mode, ioctls, view, False)
-        self._registered[number] = region
-        return region
+        length = _ioctl.check_range(start, length)
+        with self._ours():
+            _check_ordinary(start, length)
+            refuse_live_buffers(start, start + length)
+            number, ioctls = self._register(start, length, mode)
+            try:
+                _mapping.keep_from_children(start, length)
+            except BaseException:
+                self._give_back(number, start, length)
+                raise
+            self._buffers[number] = view
+            return self._region(number, start, length, mode, ioctls, view, False)
+
+    def _ours(self) -> threading.RLock:
+        """The lock; a fork child, whose copy may be locked for ever, is refused before."""
+        self._descriptor.check()
+        return self._lock
 
     def _register(self, start: int, length: int, mode: RegisterMode) -> tuple[int, Ioctl]:
-        mode = RegisterMode(mode)
         if self._service is not None and mode != RegisterMode.MISSING:
             raise UnsupportedError(
                 errno.EOPNOTSUPP, f"a service serves missing pages only, not {names(mode)}"
@@ -145,10 +168,26 @@ class Userfaultfd:
             # First into the table, so that no fault of it can come from an unknown address.
             number = self.regions.add(start, length)
             try:
-                return number, Ioctl(_ioctl.register(fd, start, length, mode))
+                ioctls = Ioctl(_ioctl.register(fd, start, length, mode))
             except BaseException:
                 self.regions.remove(start, length)
                 raise
+        if mode != RegisterMode.MISSING:
+            self._special[number] = mode
+        return number, ioctls
+
+    def _give_back(self, number: int, start: int, length: int) -> None:
+        fd = self._descriptor.hold(even_closed=True)
+        try:
+            _ioctl.unregister(fd, start, length)
+        finally:
+            self._descriptor.release()
+        if self._engine is not None:
+            self._engine.detach(number, start, length)
+        self.regions.remove(start, length)
+        self._buffers.pop(number, None)
+        self._special.pop(number, None)
+        self._descriptor.kick()
 
     def _region(self, number: int, *rest: Any) -> Region:
         region = Region(self, number, *rest)
@@ -156,23 +195,22 @@ class Userfaultfd:
         return region
 
     def _unregister(self, region: Region) -> None:
-        with self._descriptor as fd:
-            _ioctl.unregister(fd, region.start, region.length)
-        self.regions.remove(region.start, region.length)
-        if region._mapped:
-            region._memory.detach()  # type: ignore[union-attr]
-        else:
-            _mapping.inherit(region.start, region.length, True)
-        self._registered.pop(region.id, None)
-        if self._engine is not None:
-            self._engine.forget(region.id)
+        if os.getpid() != self._descriptor.pid:
+            self._descriptor.check()
+        with self._lock:
+            self._give_back(region.id, region.start, region.length)
+            if region._mapped:
+                region._memory.detach()  # type: ignore[union-attr]
+            else:
+                _mapping.give_to_children(region.start, region.length)
 
     def _close_region(self, region: Region) -> None:
         if os.getpid() != self._descriptor.pid:
             return
-        if self._engine is not None:
-            self._engine.detach(region.id, region.start, region.length)
-        region._release()
+        with self._lock:
+            if self._engine is not None:
+                self._engine.detach(region.id, region.start, region.length)
+            region._release()
 
     # -- life cycle ------------------------------------------------------------------------------
 
@@ -183,18 +221,26 @@ class Userfaultfd:
         registered memory remain, a keeper thread holds the descriptor and poisons each missing page that is
         touched, so that nothing waits for ever and nothing reads zeros. Readers wake with ClosedError.
         """
-        if self.closed:
+        if os.getpid() != self._descriptor.pid:
+            self._descriptor.close()
             return
-        if os.getpid() == self._descriptor.pid:
+        with self._lock:
+            if self.closed:
+                return
             if self._service is not None:
                 self._service.close()
             for region in list(self._alive.values()):
                 region._release()
-            if len(self.regions):
-                self._ensure_engine(as_keeper=True)
-            if self._engine is not None:
-                self._engine.retire()
-        self._descriptor.close()
+            engine = self._ensure_engine(as_keeper=True) if len(self.regions) else self._engine
+            self._descriptor.close()
+            if engine is None:
+                return
+            # A reader that was in read() may have taken faults that it can no longer resolve.
+            while self._descriptor.reading():
+                time.sleep(200e-6)
+            if not engine.finished:
+                engine.wake_all()
+            engine.retire()
 
     def __enter__(self) -> Self:
         return self
@@ -211,14 +257,16 @@ class Userfaultfd:
 
     def _ensure_engine(self, as_keeper: bool) -> Engine:
         engine = self._engine
-        if engine is not None and engine.alive() and (as_keeper or engine.adopt()):
+        if engine is not None and engine.adopt():
             return engine
         can_poison = self.api == Api.MSG and Feature.POISON in Feature(self.agreement.available)
         engine = Engine(self._descriptor, self.regions, self.api, can_poison)
-        engine.keep["registered"] = self._registered
-        engine.start(as_keeper)
+        engine.start(as_keeper, self._buffers)
         self._engine = engine
         return engine
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Userfaultfd cannot be copied or pickled: it is bound to its process")
 
     # -- ioctls ----------------------------------------------------------------------------------
     #
@@ -235,7 +283,10 @@ class Userfaultfd:
         write_protect: bool = False,
     ) -> int:
         """Fill missing pages from `dst` on with the buffer's bytes (whole pages), and wake their faulters."""
-        flat = np.frombuffer(cast(Any, buffer), np.uint8)
+        view = memoryview(cast(Any, buffer))
+        if "O" in view.format:
+            raise TypeError("the buffer holds Python objects, not bytes")
+        flat = np.frombuffer(view, np.uint8)
         mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_COPY_MODE_WP if write_protect else 0)
         with self._descriptor as fd:
             return _ioctl.copy(fd, dst, flat.ctypes.data, flat.nbytes, mode)
@@ -277,11 +328,12 @@ class Userfaultfd:
             return _ioctl.move(fd, dst, src, length, mode)
 
 
-def _forget(userfaultfd: weakref.ref[Userfaultfd], number: int) -> None:
+def _forget(userfaultfd: weakref.ref[Userfaultfd], number: int, start: int, length: int) -> None:
+    """A mapping goes, and with it the engine's use of its source."""
     owner = userfaultfd()
-    # Not in a fork child: it has no engine, and may have been forked inside one of the engine's lookups.
     if owner is not None and owner._engine is not None and owner._descriptor.pid == os.getpid():
-        owner._engine.forget(number)
+        owner._engine.detach(number, start, length)
+        owner._special.pop(number, None)
 
 
 def _check_ordinary(start: int, length: int) -> None:
