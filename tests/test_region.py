@@ -6,6 +6,7 @@ import errno
 import gc
 import mmap
 import os
+import time
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_map(u: uf.Userfaultfd) -> None:
     for wrong in (0, 1, PAGE + 1):
         with pytest.raises(uf.RangeError):
             u.map(wrong)
-    with pytest.raises(OverflowError):
+    with pytest.raises(uf.RangeError):
         u.map(-PAGE)
     with pytest.raises(OSError, match="Cannot allocate memory"):
         u.map(1 << 60)
@@ -172,9 +173,15 @@ def test_nothing_leaks(wire: str) -> None:
                 assert not region.array.any()
             uf.EventReader(u)
 
+    def counts() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
     once()
     gc.collect()  # what other tests left
-    before = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    before = counts()
     for _ in range(20):
         once()
-    assert (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))) == before
+    deadline = time.monotonic() + 30
+    while counts() > before and time.monotonic() < deadline:
+        time.sleep(0.001)  # the kernel takes a moment to let a thread go
+    assert counts() <= before

@@ -145,12 +145,7 @@ class Userfaultfd:
         with self._ours():
             _check_ordinary(start, length)
             refuse_live_buffers(start, start + length)
-            number, ioctls = self._register(start, length, mode)
-            try:
-                _mapping.keep_from_children(start, length)
-            except BaseException:
-                self._give_back(number, start, length)
-                raise
+            number, ioctls = self._register(start, length, mode, owned=False)
             self._buffers[number] = view
             return self._region(number, start, length, mode, ioctls, view, False)
 
@@ -159,7 +154,7 @@ class Userfaultfd:
         self._descriptor.check()
         return self._lock
 
-    def _register(self, start: int, length: int, mode: RegisterMode) -> tuple[int, Ioctl]:
+    def _register(self, start: int, length: int, mode: RegisterMode, owned: bool = True) -> tuple[int, Ioctl]:
         if self._service is not None and mode != RegisterMode.MISSING:
             raise UnsupportedError(
                 errno.EOPNOTSUPP, f"a service serves missing pages only, not {names(mode)}"
@@ -168,9 +163,14 @@ class Userfaultfd:
             # First into the table, so that no fault of it can come from an unknown address.
             number = self.regions.add(start, length)
             try:
+                if not owned:
+                    # Before registering: a fork in between would make a child that reads zeros.
+                    _mapping.keep_from_children(start, length)
                 ioctls = Ioctl(_ioctl.register(fd, start, length, mode))
             except BaseException:
                 self.regions.remove(start, length)
+                if not owned:
+                    _mapping.give_to_children(start, length)
                 raise
         if mode != RegisterMode.MISSING:
             self._special[number] = mode
