@@ -1,6 +1,8 @@
 # make demo: build, install into .venv, and watch real page faults being served.
 # make test: the same with the test extras, then the whole test suite.
 # make lint: formatting, types, stubs, and a build without warnings. make clean: start over.
+# make lab: build and boot kernels that speak v1 and v2, and run the suite in them (LAB_APT=1 installs what it needs).
+# make baseline: compare instruction counts with bench/baseline.json; make baseline-lab: those of the lab.
 
 PYTHON ?= python3
 CC ?= cc
@@ -8,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*) $(shell find python -name '*.py' -o -name '*.pyi' -o -name '*.pxd')
 
-.PHONY: demo test lint clean tools
+.PHONY: demo test lint lab baseline baseline-lab clean tools
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/userfault demo
@@ -25,6 +27,15 @@ lint: $(VENV)/lint.stamp
 		--ignore-disjoint-bases --allowlist tests/stubtest-allowlist.txt
 	CFLAGS='-Wall -Wextra -Werror' $(BIN)/python setup.py -q build_ext --build-temp $(VENV)/warnings \
 		--build-lib $(VENV)/warnings --force
+
+lab: $(VENV)/test.stamp
+	$(BIN)/python bench/lab/suite.py --out build/lab
+
+baseline: $(VENV)/test.stamp
+	$(BIN)/python bench/baseline.py --check
+
+baseline-lab: $(VENV)/test.stamp
+	$(BIN)/python bench/baseline.py --lab --check
 
 clean:
 	rm -rf $(VENV) build dist python/*.egg-info

@@ -281,12 +281,9 @@ def test_two_threads_close(needs_uffd: None, child: Child) -> None:
     assert done.stdout == "0\n", done.stderr
 
 
-def test_a_write_protected_page_after_close(needs_uffd: None, child: Child) -> None:
-    features = uf.probe().features
-    if not features or uf.Feature.PAGEFAULT_FLAG_WP not in features:
-        pytest.skip("this kernel has no write protection")
-    done = child("""
-        u = uf.Userfaultfd("msg")
+def test_a_write_protected_page_after_close(wire: str, child: Child) -> None:
+    done = child(f"""
+        u = uf.Userfaultfd({wire!r})
         region = u.map(PAGE, uf.RegisterMode.MISSING | uf.RegisterMode.WP)
         a = region.array
         u.copy(region.start, b"x" * PAGE, write_protect=True)
