@@ -179,12 +179,16 @@ cdef class EventReader:
         if self.busy:
             raise BusyError("another thread is in read(): its records would be overwritten; "
                             "use one reader per thread")
-        cdef int fd = self.own.check()
-        if self.parent is not None:
-            self.parent.hold()
+        cdef int fd
+        if self.parent is None:
+            fd = self.own.check()
+        else:
+            fd = self.parent.check()
+            if self.own.closed:
+                raise ClosedError("the reader is closed")
             if self.parent.served:
-                self.parent.release()
                 raise BusyError("a FaultService (or its keeper) reads this userfaultfd")
+            self.parent.holders += 1
             self.parent.readers += 1
         self.busy = True
         try:
