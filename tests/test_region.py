@@ -97,6 +97,7 @@ def test_memory_that_cannot_be_registered(u: uf.Userfaultfd) -> None:
     with uf.Userfaultfd(u.api) as other, pytest.raises(OSError, match="another userfaultfd") as caught:
         other.register(region.start, PAGE)
     assert caught.value.errno == errno.EBUSY
+    assert "dc" in vm_flags(region.start)  # the refusal did not hand the other's memory to fork children
     with pytest.raises(uf.UnsupportedError, match="shared memory"):
         u.register(mmap.mmap(-1, PAGE))
     with open(__file__, "rb") as file, pytest.raises(uf.UnsupportedError, match="a mapping of"):

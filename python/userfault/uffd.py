@@ -17,13 +17,14 @@ from userfault import _consts as c
 from userfault import _ioctl, _mapping
 from userfault._descriptor import Descriptor
 from userfault._engine import Engine
+from userfault._errno import error_for
 from userfault._regions import RegionTable
 from userfault._source import refuse_live_buffers
 from userfault.errors import RangeError, UnsupportedError
 from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit, names
 from userfault.negotiation import Features, negotiate_on
 from userfault.opening import open_userfaultfd
-from userfault.procmaps import vmas
+from userfault.procmaps import registered, vmas
 from userfault.region import Region
 
 if TYPE_CHECKING:
@@ -162,14 +163,19 @@ class Userfaultfd:
         with self._descriptor as fd:
             # First into the table, so that no fault of it can come from an unknown address.
             number = self.regions.add(start, length)
+            kept = False
             try:
                 if not owned:
+                    # What is another's already stays as it is, above all out of fork children.
+                    if registered(start, start + length):
+                        raise error_for("UFFDIO_REGISTER", errno.EBUSY)
                     # Before registering: a fork in between would make a child that reads zeros.
+                    kept = True
                     _mapping.keep_from_children(start, length)
                 ioctls = Ioctl(_ioctl.register(fd, start, length, mode))
             except BaseException:
                 self.regions.remove(start, length)
-                if not owned:
+                if kept:
                     _mapping.give_to_children(start, length)
                 raise
         if mode != RegisterMode.MISSING:
