@@ -21,7 +21,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int c_madvise "madvise"(void *address, size_t length, int advice)
     int PROT_READ, PROT_WRITE
     int MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    int MADV_DONTFORK, MADV_DOFORK, MADV_NOHUGEPAGE
+    int MADV_DONTFORK, MADV_DOFORK, MADV_HUGEPAGE, MADV_NOHUGEPAGE
 
 cdef uint64_t HUGE = 2 << 20
 
@@ -96,3 +96,8 @@ def keep_from_children(uint64_t start, uint64_t length):
 def give_to_children(uint64_t start, uint64_t length):
     """MADV_DOFORK. Memory that is gone by now has nothing to give."""
     c_madvise(<void *>start, length, MADV_DOFORK)
+
+
+def allow_huge_pages(uint64_t start, uint64_t length):
+    """MADV_HUGEPAGE, for registered memory: huge pages can be moved into it. False: the kernel has none."""
+    return c_madvise(<void *>start, length, MADV_HUGEPAGE) == 0

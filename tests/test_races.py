@@ -12,6 +12,7 @@ import pytest
 import userfault as uf
 from support import Child
 from userfault import _regions
+from userfault._served import Served
 
 PAGE = uf.PAGE_SIZE
 
@@ -130,8 +131,13 @@ def test_arguments_of_the_wrong_kind(needs_uffd: None) -> None:
         for call in (lambda: u.map(-PAGE), lambda: u.zeropage(-PAGE, PAGE), lambda: u.map(2**64)):
             with pytest.raises(uf.RangeError):
                 call()
-        with pytest.raises(ValueError, match="workers"):
-            uf.FaultService(u, workers=2)
+        for wrong, name in (
+            ({"workers": 0}, "workers"),
+            ({"shards": 65}, "shards"),
+            ({"placement": "left"}, "placement"),
+        ):
+            with pytest.raises(ValueError, match=name):
+                uf.FaultService(u, **wrong)  # type: ignore[arg-type]
         if u.api == uf.Api.MSG and uf.Api.V1 not in uf.probe().apis:
             with pytest.raises(ValueError, match="does not speak v1"):
                 uf.EventReader(u.fileno(), api="v1")
@@ -186,12 +192,12 @@ def test_a_source_outlives_the_table_that_leads_to_it(needs_uffd: None) -> None:
         service.serve(region, uf.sources.Zero())
         del region
         with pytest.raises(uf.RangeError):
-            service._engine.attach(number, start, PAGE, uf.sources.Zero())
+            service._engines[0].attach(start, PAGE, Served(uf.sources.Zero(), number, 1, 1, 0, False))
         other = u.map(PAGE)
         if other.start == start:
             # The address is another region's now: the old number reaches nothing.
             with pytest.raises(uf.RangeError):
-                service._engine.attach(number, start, PAGE, uf.sources.Zero())
+                service._engines[0].attach(start, PAGE, Served(uf.sources.Zero(), number, 1, 1, 0, False))
 
 
 def test_a_reader_that_waits_and_a_service(needs_uffd: None) -> None:

@@ -27,7 +27,8 @@ from userfault.errors import (
 from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit
 from userfault.negotiation import Capabilities, probe
 from userfault.region import Region
-from userfault.service import Failure, FaultService, latency_percentile
+from userfault.service import Failure, FaultService
+from userfault.stats import latency_percentile
 from userfault.uffd import Userfaultfd
 
 __all__ = [

@@ -32,6 +32,14 @@ cdef extern from *:
     struct uf_fill { struct uf_range range; uint64_t mode; int64_t done; };
     /* UFFDIO_COPY and UFFDIO_MOVE share one layout. */
     struct uf_transfer { uint64_t dst; uint64_t src; uint64_t length; uint64_t mode; int64_t done; };
+    /* PAGEMAP_SCAN (Linux 6.7): struct pm_scan_arg and struct page_region. */
+    struct uf_scan {
+        uint64_t size; uint64_t flags; uint64_t start; uint64_t end; uint64_t walk_end; uint64_t vec;
+        uint64_t vec_len; uint64_t max_pages; uint64_t category_inverted; uint64_t category_mask;
+        uint64_t category_anyof_mask; uint64_t return_mask;
+    };
+    struct uf_scanned { uint64_t start; uint64_t end; uint64_t categories; };
+    _Static_assert(sizeof(struct uf_scan) == 96, "pm_scan_arg");
     _Static_assert(sizeof(struct uf_api) == 24, "uffdio_api");
     _Static_assert(sizeof(struct uf_register) == 32, "uffdio_register");
     _Static_assert(sizeof(struct uf_writeprotect) == 24, "uffdio_writeprotect");
@@ -85,6 +93,25 @@ cdef extern from *:
         uint64_t mode
         int64_t done
 
+    ctypedef struct pm_scan_arg "struct uf_scan":
+        uint64_t size
+        uint64_t flags
+        uint64_t start
+        uint64_t end
+        uint64_t walk_end
+        uint64_t vec
+        uint64_t vec_len
+        uint64_t max_pages
+        uint64_t category_inverted
+        uint64_t category_mask
+        uint64_t category_anyof_mask
+        uint64_t return_mask
+
+    ctypedef struct page_region "struct uf_scanned":
+        uint64_t start
+        uint64_t end
+        uint64_t categories
+
 # Declared by hand: libc's own declaration differs between glibc and musl.
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int fd, unsigned long request, ...)
@@ -128,6 +155,9 @@ cdef extern from *:
     #define uf_store(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
     #define uf_add(p, v) __atomic_add_fetch((p), (v), __ATOMIC_SEQ_CST)
     #define uf_swap_if(p, old, new) __sync_bool_compare_and_swap((p), (old), (new))
+    #define uf_or(p, v) __atomic_or_fetch((p), (v), __ATOMIC_SEQ_CST)
+    #define uf_and(p, v) __atomic_and_fetch((p), (v), __ATOMIC_SEQ_CST)
+    #define uf_count(p, v) ((void)__atomic_fetch_add((p), (v), __ATOMIC_RELAXED))
     """
     int load_int "uf_load"(int *p) nogil
     void store_int "uf_store"(int *p, int v) nogil
@@ -135,7 +165,12 @@ cdef extern from *:
     uint64_t load_u64 "uf_load"(uint64_t *p) nogil
     void store_u64 "uf_store"(uint64_t *p, uint64_t v) nogil
     int64_t load_i64 "uf_load"(int64_t *p) nogil
+    int add_int "uf_add"(int *p, int v) nogil
     int64_t add_i64 "uf_add"(int64_t *p, int64_t v) nogil
+    uint64_t add_u64 "uf_add"(uint64_t *p, uint64_t v) nogil
+    void or_u64 "uf_or"(uint64_t *p, uint64_t v) nogil
+    void and_u64 "uf_and"(uint64_t *p, uint64_t v) nogil
+    void count "uf_count"(uint64_t *p, uint64_t v) nogil
     void *load_ptr "uf_load"(void **p) nogil
     void store_ptr "uf_store"(void **p, void *v) nogil
 
@@ -224,3 +259,7 @@ cdef enum ioctl_request:
     UFFDIO_WRITEPROTECT = 0xC018AA06
     UFFDIO_CONTINUE = 0xC020AA07
     UFFDIO_POISON = 0xC020AA08
+    PAGEMAP_SCAN = 0xC0606610
+
+cdef enum:
+    PAGE_IS_HUGE = 1 << 6

@@ -1,25 +1,39 @@
-"""`FaultService`: an engine thread that serves a userfaultfd's regions, and what it has to report."""
+"""`FaultService`: engine threads that serve a userfaultfd's regions, and what they have to report."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+import time
+from collections.abc import Callable
+from operator import index
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Literal, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from userfault._engine import STAGES
+from userfault import _mapping
+from userfault._consts import PAGE_SIZE
+from userfault._engine import PLACEMENTS, STAGES, Engine
+from userfault._served import Served
 from userfault._source import Source
-from userfault.errors import BusyError, ClosedError, RangeError, SourceError, UnsupportedError
+from userfault.errors import BusyError, ClosedError, RangeError, SourceError, UffdError, UnsupportedError
 from userfault.flags import Api, Feature, names
 from userfault.procmaps import first_present
 from userfault.region import Region
+from userfault.stats import total
 from userfault.uffd import Userfaultfd
 
 _EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
+_HUGE = 2 << 20
+_ADAPTIVE = -1
+_MOST_SHARDS = 64
+_POLL_SECONDS = 0.005
+_STALLED_SECONDS = 10.0
+
+Placement = Literal["spin", "any", "pair"]
 
 
 class Failure(NamedTuple):
@@ -35,53 +49,99 @@ class Failure(NamedTuple):
 class FaultService:
     """Serves the missing pages of a `Userfaultfd`'s regions while it is open.
 
-    One thread reads, fills and resolves without the GIL, so that plain Python code may touch the memory.
-    While it is open, and as long as registered memory remains, the descriptor's records are the engine's:
-    `EventReader.read` raises BusyError.
+    Threads of its own read, fill and resolve without the GIL, so that plain Python code may touch the
+    memory. While it is open, and as long as registered memory remains, the descriptor's records are the
+    engine's: `EventReader.read` raises BusyError.
 
     What no source serves fails closed: touching it raises SIGBUS (SIGSEGV before Linux 6.6). After close()
     that is every page that is still missing.
 
+    Args:
+        userfaultfd: whose regions to serve.
+        workers: threads for each descriptor, beside the one that reads, that fill from sources which may
+            wait (a file outside the page cache, a native function) and help with reading ahead. One is
+            started when it is first needed, several at once.
+        shards: descriptors. A descriptor has one queue of faults and one thread that reads them, which is
+            too little for many processors: `map` spreads regions over the shards, the userfaultfd being
+            the first and the others the service's own, which end with it.
+        placement: "spin": the reading thread waits awake for up to 200 µs while faults keep coming.
+            "any": it never does. "pair": it shares a processor with the thread that keeps faulting,
+            whose affinity it leases meanwhile: the fastest for one such thread (needs Feature.THREAD_ID).
+
     Raises BusyError when another service is open on it, ClosedError, ForkedError, and UnsupportedError for
-    features that it cannot follow yet (fork, remap, remove and unmap events; SIGBUS) and for regions
-    that report more than missing pages.
+    features that it cannot follow yet (fork, remap, remove and unmap events; SIGBUS), for regions
+    that report more than missing pages, and for "pair" without thread ids.
     """
 
-    def __init__(self, userfaultfd: Userfaultfd, workers: int = 1) -> None:
+    def __init__(
+        self,
+        userfaultfd: Userfaultfd,
+        workers: int = 1,
+        *,
+        shards: int = 1,
+        placement: Placement = "spin",
+    ) -> None:
         if not isinstance(userfaultfd, Userfaultfd):
             raise TypeError(f"need a Userfaultfd, not {type(userfaultfd).__name__}")
-        if workers != 1:
-            raise ValueError(f"this version has one engine thread, not workers={workers!r}")
+        for name, value, most in (("workers", workers, 64), ("shards", shards, _MOST_SHARDS)):
+            if not 1 <= index(value) <= most:
+                raise ValueError(f"{name} is from 1 to {most}, not {value}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement is one of {', '.join(PLACEMENTS)}, not {placement!r}")
+        self._workers = workers
+        self._placement = PLACEMENTS.index(placement)
         with userfaultfd._ours():
             if userfaultfd._service is not None:
                 raise BusyError("another FaultService is open on this userfaultfd")
-            wrong = Feature(userfaultfd.features) & (_EVENTS | Feature.SIGBUS)
-            if userfaultfd.api == Api.MSG and wrong:
-                raise UnsupportedError(
-                    errno.EOPNOTSUPP, f"a FaultService does not follow {names(wrong)}: open without these"
-                )
-            held = set(userfaultfd.regions.ranges()["id"].tolist())
-            for number, mode in userfaultfd._special.items():
-                if number in held:
-                    raise UnsupportedError(
-                        errno.EOPNOTSUPP,
-                        f"a service serves missing pages only: unregister region {number} ({names(mode)})",
-                    )
+            _check_features(userfaultfd, placement)
+            features = Feature(userfaultfd.features) if userfaultfd.api == Api.MSG else None
             self._userfaultfd = userfaultfd
-            self._engine = userfaultfd._ensure_engine(as_keeper=False)
-            userfaultfd._service = self
+            self._shards = [userfaultfd]
+            try:
+                for _ in range(1, shards):
+                    self._shards.append(Userfaultfd(userfaultfd.api, features))
+                self._engines = [shard._ensure_engine(as_keeper=False) for shard in self._shards]
+                for engine in self._engines:
+                    engine.employ(workers if workers > 1 else 0, self._placement)
+            except BaseException:
+                self._end(self._shards)
+                raise
+            for shard in self._shards:
+                shard._service = self
 
     @property
     def closed(self) -> bool:
         return self._userfaultfd._service is not self
 
-    def serve(self, region: Region, source: Source) -> None:
+    def map(self, length: int) -> Region:
+        """`Userfaultfd.map` on the shard with the fewest bytes. Without shards it is just that."""
+        with self._userfaultfd._ours():
+            if self.closed:
+                raise ClosedError("the service is closed")
+            sizes = [int(shard.regions.ranges()["length"].sum()) for shard in self._shards]
+            return self._shards[int(np.argmin(sizes))].map(length)
+
+    def serve(
+        self,
+        region: Region,
+        source: Source,
+        *,
+        readahead: int | Literal["adaptive"] = "adaptive",
+        page_bytes: int = PAGE_SIZE,
+    ) -> None:
         """Fill the region's pages from the source, each when it is first touched.
+
+        Args:
+            readahead: pages to fill past each fault ahead of need; "adaptive": as many as a sequential
+                stream of faults has come so far, up to 16 MiB, and none for random ones.
+            page_bytes: what is filled together, a multiple of the page size, as it lies in the source
+                (offset 0 of the region is its offset 0): a chunk, a record. From 2 MiB on the region is
+                mapped huge where the kernel can (UFFDIO_MOVE, Linux 6.8).
 
         The source's last, partial page is filled up with zeros. Raises SourceError when the source has
         fewer pages than the region, or is no Source, or the region is served already, or it is memory that
         has pages already, which would keep what they hold; RangeError for another userfaultfd's region;
-        ClosedError, ForkedError; UffdError when the engine has failed.
+        ValueError for the other arguments; ClosedError, ForkedError; UffdError when the engine has failed.
         """
         if not isinstance(region, Region):
             raise TypeError(f"need a Region, not {type(region).__name__}")
@@ -91,11 +151,15 @@ class FaultService:
                 why = "Python code needs the GIL, which the thread that touches the page may hold; "
             raise SourceError(
                 f"{type(source).__name__} is not a page source: {why}"
-                "use userfault.sources.Zero, Buffer or File"
+                "use one of userfault.sources: Zero, Buffer, File, or Native for a C function"
             )
-        if region._userfaultfd is not self._userfaultfd:
-            raise RangeError(f"{region!r} is not registered with this service's userfaultfd")
-        with self._userfaultfd._ours():
+        if page_bytes < 1 or index(page_bytes) % PAGE_SIZE:
+            raise ValueError(f"page_bytes is a multiple of {PAGE_SIZE}, not {page_bytes}")
+        ahead = _ADAPTIVE if readahead == "adaptive" else index(readahead)
+        if ahead < 0 and readahead != "adaptive":
+            raise ValueError(f'readahead is "adaptive" or a number of pages, not {readahead}')
+        engine = self._engine_of(region)
+        with region._userfaultfd._ours():
             if self.closed:
                 raise ClosedError("the service is closed")
             if not region.registered:
@@ -105,45 +169,134 @@ class FaultService:
                     f"{region!r} has a page at {page:#x} already, which would keep what it holds: "
                     "serve memory that was never touched"
                 )
-            self._engine.attach(region.id, region.start, region.length, source)
+            huge = (
+                engine.can_move
+                and max(ahead * PAGE_SIZE, page_bytes, _HUGE * (ahead == _ADAPTIVE)) >= _HUGE
+                and _mapping.allow_huge_pages(region.start, region.length)
+            )
+            pages = region.length // PAGE_SIZE
+            served = Served(source, region.id, pages, page_bytes // PAGE_SIZE, ahead, huge)
+            if served.may_wait:
+                engine.employ(self._workers, self._placement)
+            engine.attach(region.start, region.length, served)
 
-    def stats(self) -> np.void:
-        """The counters so far: a scalar of this structured dtype.
+    def materialize(
+        self, region: Region, progress: Callable[[int, int], object] | None = None, *, wait: bool = True
+    ) -> None:
+        """Fill everything that is missing of the region, at the speed of a copy, without the GIL.
 
-        `reads` (system calls that returned records), `records`, `duplicates` (faults of a page that was in
-        the batch already), `runs` (of neighbouring pages, filled together), `pages` and `bytes` (filled),
-        `ioctls`, `existing` (pages somebody else had brought), `forgotten` (no longer registered),
-        `parked` (to be retried), `failed` (closed), `unprotected` (write-protect faults, which are let
-        through), `unknown` (records that are not page faults), and
-        `latency`, shape (496,) of `from_ns` and `count`: nanoseconds from read to resolved, eight buckets
-        an octave.
+        Args:
+            progress: called with the bytes that are there and the bytes of the region, every few ms.
+            wait: until all is there; False leaves it to the engine, behind the faults.
+
+        Raises SourceError when a page cannot be had (it stays missing, and fails closed when touched),
+        UffdError when the kernel refuses for 10 s, ClosedError when the region or the service is closed.
         """
-        return self._engine.stats()
+        served = self._served(region)
+        served.take_error()
+        best, since = -1, time.monotonic()
+        self._order(region)
+        while wait:
+            there = int(np.count_nonzero(served.resident)) * PAGE_SIZE
+            if progress is not None:
+                progress(there, region.length)
+            if there == region.length:
+                return
+            error, now = served.take_error(), time.monotonic()
+            if there > best:
+                best, since = there, now
+            elif error and not served.coming:
+                raise SourceError(
+                    f"{region!r}: {region.length - there} bytes cannot be had: {os.strerror(error)}"
+                )
+            elif now - since > _STALLED_SECONDS:
+                raise UffdError(error, f"{region!r}: no page came for {_STALLED_SECONDS:g} s")
+            time.sleep(_POLL_SECONDS)
+            if self._served(region) is not served:
+                raise ClosedError("the region is served anew")
+
+    def resident(self, region: Region) -> npt.NDArray[np.bool_]:
+        """Which pages of the region are there (or have failed closed): one bool a page.
+
+        Asks the kernel, so that pages which madvise(MADV_DONTNEED) dropped are seen.
+        """
+        served = self._served(region)
+        served.resync(self._engine_of(region).pagemap, region.start)
+        return served.resident
+
+    def stats(self, region: Region | None = None) -> np.void:
+        """The counters so far: a structured scalar, of the service or of one region.
+
+        Of the service: `reads` (system calls that returned records), `records`, `duplicates` (faults of a
+        page that was in the batch already), `coming` (faults of a page that a worker was bringing), `runs`
+        (of neighbouring pages, filled together), `pages` and `bytes` (filled), `ahead` (pages filled that
+        no fault had asked for), `moved` (pages that came as part of a huge page), `ioctls`, `existing`
+        (pages somebody else had brought), `forgotten` (no longer registered), `parked` (to be retried),
+        `failed` (closed), `unprotected` (write-protect faults, which are let through), `unknown` (records
+        that are not page faults), `handed` (runs that workers were asked for), `errors` (shape (134,): how
+        often the kernel answered that errno), and `latency`, shape (496,) of `from_ns` and `count`:
+        nanoseconds from read to resolved, eight buckets an octave.
+
+        Of a region: what of these is its own, and `latency`, shape (48,): faults resolved in less than 2^i
+        nanoseconds and not in less than 2^(i-1).
+        """
+        if region is not None:
+            return self._served(region).stats()
+        return total([engine.stats() for engine in self._engines])
 
     def failures(self) -> list[Failure]:
-        """The last pages (up to 1,024) that failed closed, oldest first."""
+        """The last pages (up to 1,024 a shard) that failed closed, oldest first."""
         return [
             Failure(address, region, offset, error, _why(error, stage))
-            for address, region, offset, error, stage in self._engine.failed().tolist()
+            for engine in self._engines
+            for address, region, offset, error, stage in engine.failed().tolist()
         ]
 
     def unknown(self) -> npt.NDArray[np.void]:
-        """The last records (up to 256) that were not page faults, as they came."""
-        return self._engine.unknown()
+        """The last records (up to 256 a shard) that were not page faults, as they came."""
+        return np.concatenate([engine.unknown() for engine in self._engines])
 
     def close(self) -> None:
         """Stop serving. Idempotent; does nothing in a fork child.
 
-        When it returns no source is in use. A keeper goes on while registered memory remains.
+        When it returns no source is in use. A keeper goes on while registered memory remains; the service's
+        own shards are closed.
         """
         if os.getpid() != self._userfaultfd._descriptor.pid:
             return
         with self._userfaultfd._lock:
             if not self.closed:
                 # Last of all the mark: an interrupted close is completed by the next.
-                self._engine.detach_all()
-                self._engine.retire()
+                self._end(self._shards)
                 self._userfaultfd._service = None
+
+    def _end(self, shards: list[Userfaultfd]) -> None:
+        for shard in shards:
+            if shard._engine is not None:
+                shard._engine.detach_all()
+                shard._engine.retire()
+        for shard in shards[1:]:
+            shard._service = None
+            shard.close()
+
+    def _engine_of(self, region: Region) -> Engine:
+        for shard, engine in zip(self._shards, self._engines, strict=True):
+            if region._userfaultfd is shard:
+                return engine
+        raise RangeError(f"{region!r} is not registered with this service's userfaultfd")
+
+    def _served(self, region: Region) -> Served:
+        served = self._engine_of(region).keep.get(region.id)
+        if served is None:
+            raise ClosedError(f"{region!r} is not served")
+        return served
+
+    def _order(self, region: Region) -> None:
+        engine = self._engine_of(region)
+        ranges = region._userfaultfd.regions.ranges()
+        for piece in ranges[ranges["id"] == region.id]:
+            while not engine.order(int(piece["start"]), int(piece["length"]), region.id):
+                time.sleep(_POLL_SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -157,24 +310,30 @@ class FaultService:
         raise TypeError("a FaultService cannot be copied or pickled: it is a running thread")
 
     def __del__(self) -> None:
-        if hasattr(self, "_engine") and not sys.is_finalizing():
+        if hasattr(self, "_engines") and not sys.is_finalizing():
             self.close()
+
+
+def _check_features(userfaultfd: Userfaultfd, placement: str) -> None:
+    """Raise UnsupportedError for what a service does not follow, or lacks."""
+    features = Feature(userfaultfd.features) if userfaultfd.api == Api.MSG else Feature(0)
+    if wrong := features & (_EVENTS | Feature.SIGBUS):
+        raise UnsupportedError(
+            errno.EOPNOTSUPP, f"a FaultService does not follow {names(wrong)}: open without these"
+        )
+    if placement == "pair" and Feature.THREAD_ID not in features:
+        raise UnsupportedError(
+            errno.EOPNOTSUPP,
+            'placement="pair" must know which thread faults: open with api="msg" and Feature.THREAD_ID',
+        )
+    held = set(userfaultfd.regions.ranges()["id"].tolist())
+    for number, mode in userfaultfd._special.items():
+        if number in held:
+            raise UnsupportedError(
+                errno.EOPNOTSUPP,
+                f"a service serves missing pages only: unregister region {number} ({names(mode)})",
+            )
 
 
 def _why(error: int, stage: int) -> str:
     return STAGES[stage] + (f": {os.strerror(error)}" if error else "")
-
-
-def latency_percentile(stats: Any, percent: float) -> float:
-    """Nanoseconds within which `percent` % of the faults of `FaultService.stats()` were resolved.
-
-    Exact to the bucket, an eighth of an octave; its upper end is returned. NaN when nothing was served.
-    """
-    if not 0 <= percent <= 100:
-        raise ValueError(f"a percentage is between 0 and 100, not {percent}")
-    latency = stats["latency"]
-    reached = np.cumsum(latency["count"])
-    if reached[-1] == 0:
-        return float("nan")
-    bucket = int(np.searchsorted(reached, max(1, np.ceil(reached[-1] * percent / 100))))
-    return float(latency["from_ns"][min(bucket + 1, len(latency) - 1)])

@@ -265,8 +265,10 @@ class Userfaultfd:
         engine = self._engine
         if engine is not None and engine.adopt():
             return engine
-        can_poison = self.api == Api.MSG and Feature.POISON in Feature(self.agreement.available)
-        engine = Engine(self._descriptor, self.regions, self.api, can_poison)
+        is_msg = self.api == Api.MSG
+        can_poison = is_msg and Feature.POISON in Feature(self.agreement.available)
+        can_move = is_msg and Feature.MOVE in Feature(self.features)
+        engine = Engine(self._descriptor, self.regions, self.api, can_poison, can_move)
         engine.start(as_keeper, self._buffers)
         self._engine = engine
         return engine

@@ -73,7 +73,7 @@ def run(path: str, length: int, threads: int, advance: Advance) -> Race:
     seconds = {"userfault": 0.0, "loop": 0.0}
     with uf.Userfaultfd() as u, uf.FaultService(u) as service, PythonLoop(path, length) as loop:
         region = u.map(length)
-        service.serve(region, uf.sources.File(path))
+        service.serve(region, uf.sources.File(path), readahead=0)  # the loop fills one page a fault
         turns = [("userfault", region.array), ("loop", loop.region.array)]
         for part in np.array_split(order, parts):
             for name, array in turns:

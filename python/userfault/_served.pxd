@@ -1,0 +1,65 @@
+from libc.stdint cimport int64_t, uint64_t
+
+from userfault._source cimport Source, source_t
+
+cdef enum:
+    HUGE_PAGES = 512      # of 4 KiB: what one huge page holds
+    ADAPTIVE = -1
+    REGION_LATENCIES = 48
+
+# A run of faults that come one after the other, in pages of the region.
+ctypedef struct stream_t:
+    uint64_t first   # where it began
+    uint64_t next    # one past its last fault
+    uint64_t end     # one past what was asked for ahead of it
+    uint64_t used    # the region's tick of its last fault
+
+# Field by field what REGION_STATS_DTYPE says. Several threads count.
+ctypedef struct region_counters_t:
+    uint64_t records
+    uint64_t duplicates
+    uint64_t runs
+    uint64_t pages
+    uint64_t bytes
+    uint64_t ahead
+    uint64_t moved
+    uint64_t ioctls
+    uint64_t existing
+    uint64_t forgotten
+    uint64_t parked
+    uint64_t failed
+    uint64_t latency[REGION_LATENCIES]
+
+# How one region is served; the payload of its pieces in the table. All counts are pages, from its offset 0.
+ctypedef struct served_t:
+    source_t source
+    int64_t id
+    uint64_t n_pages
+    uint64_t unit          # filled together
+    uint64_t granule       # a multiple of it, or a part: filled at a time
+    int64_t readahead      # past each fault, or ADAPTIVE
+    int huge               # moves of huge pages are worth trying; cleared when the kernel refuses one
+    int users              # worker threads that fill from it now
+    uint64_t *resident     # a bit a page: it is there, as far as is known
+    uint64_t *coming       # a bit a page: a worker thread was asked for it
+    uint64_t skipped       # faults left to a worker thread because their page was coming
+    uint64_t ahead_error   # errno of the last page that nobody waited for and that could not be had
+    stream_t *streams
+    int n_streams
+    uint64_t tick
+    region_counters_t counters
+
+cdef bint is_set(const uint64_t *bits, uint64_t page) noexcept nogil
+cdef void set_bits(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
+cdef void clear_bits(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
+cdef uint64_t first_missing(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
+cdef uint64_t missing_end(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
+cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcept nogil
+cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, uint64_t end) noexcept nogil
+
+
+cdef class Served:
+    cdef served_t c
+    cdef readonly Source source
+
+    cdef object bits(self, const uint64_t *words)

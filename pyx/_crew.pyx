@@ -1,0 +1,178 @@
+"""The worker threads of an engine: they fill from sources that may wait, while reading goes on.
+
+The pages of a job are marked as coming, so that further faults of theirs are left to it. A worker
+that is through clears the marks; faults that were skipped meanwhile it wakes, for they may have come
+too late for its own wake-up, and ask again.
+"""
+
+from libc.errno cimport ENOMEM
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free
+
+from userfault._abi cimport add_int, c_write, load_u64, now, swap_int_if
+from userfault._fill cimport (
+    count_latency, desk_t, fill, free_stage, new_stage, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, wake, worker_t,
+)
+from userfault._ioctl cimport PAGE_SIZE
+from userfault._served cimport clear_bits, served_t, set_bits
+from userfault._tree cimport entry_t, enter, find, leave
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int SIG_BLOCK, SIG_SETMASK, SIGBUS, SIGSEGV, SIGFPE, SIGILL
+    int sigfillset(sigset_t *set)
+    int sigdelset(sigset_t *set, int signal)
+    int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
+
+cdef extern from "<pthread.h>" nogil:
+    int pthread_create(pthread_t *thread, const void *attributes, void *(*start)(void *) noexcept nogil,
+                       void *argument)
+    int pthread_join(pthread_t thread, void **result)
+    int pthread_cond_init(pthread_cond_t *condition, const void *attributes)
+    int pthread_cond_destroy(pthread_cond_t *condition)
+    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
+    int pthread_cond_signal(pthread_cond_t *condition)
+    int pthread_cond_broadcast(pthread_cond_t *condition)
+
+DEF JOBS = 1024
+
+
+cdef int start_thread(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument) noexcept nogil:
+    """A thread without signals: those are for the threads that run Python's handlers. 0 or errno.
+
+    Not a threading.Thread: that needs the GIL to begin, which a thread that sleeps in a fault may hold.
+    """
+    cdef sigset_t blocked, before
+    cdef int result
+    sigfillset(&blocked)
+    # What is raised in the thread itself cannot be blocked.
+    sigdelset(&blocked, SIGBUS)
+    sigdelset(&blocked, SIGSEGV)
+    sigdelset(&blocked, SIGFPE)
+    sigdelset(&blocked, SIGILL)
+    pthread_sigmask(SIG_BLOCK, &blocked, &before)
+    result = pthread_create(thread, NULL, run, argument)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    return result
+
+
+cdef int new_crew(crew_t *crew, desk_t *desk, int kick_fd) noexcept nogil:
+    """A crew of nobody, in zeroed memory. 0 or -errno."""
+    crew.desk = desk
+    crew.kick_fd = kick_fd
+    crew.jobs = <job_t *>calloc(JOBS, sizeof(job_t))
+    if crew.jobs == NULL:
+        return -ENOMEM
+    return -pthread_cond_init(&crew.work, NULL)
+
+
+cdef void free_crew(crew_t *crew) noexcept nogil:
+    """After `dismiss`, or in a fork child, which has none of the threads."""
+    cdef int i
+    for i in range(crew.n_workers):
+        free(crew.workers[i])
+    free(crew.jobs)
+
+
+cdef int hire(crew_t *crew) noexcept nogil:
+    """One more worker. 0 or -errno. Not while another thread hires or dismisses."""
+    cdef worker_t *worker = <worker_t *>calloc(1, sizeof(worker_t))
+    cdef int result
+    if worker == NULL:
+        return -ENOMEM
+    worker.desk = crew.desk
+    result = new_stage(worker)
+    if result == 0:
+        crew.workers[crew.n_workers] = worker
+        result = -start_thread(&crew.threads[crew.n_workers], run, crew)
+        if result == 0:
+            crew.n_workers += 1
+            return 0
+        free_stage(worker)
+    free(worker)
+    return result
+
+
+cdef void dismiss(crew_t *crew) noexcept nogil:
+    """Let everybody finish what was asked, and end. Their counters stay."""
+    cdef int i
+    pthread_mutex_lock(&crew.desk.lock)
+    crew.ending = True
+    pthread_cond_broadcast(&crew.work)
+    pthread_mutex_unlock(&crew.desk.lock)
+    for i in range(crew.n_workers):
+        pthread_join(crew.threads[i], NULL)
+        free_stage(crew.workers[i])
+
+
+cdef bint hand(crew_t *crew, served_t *served, const job_t *job, uint64_t first, uint64_t end) noexcept nogil:
+    """Ask for the pages [first, end) of the region, of which none is coming. False: there is no room."""
+    cdef bint room
+    pthread_mutex_lock(&crew.desk.lock)
+    room = crew.given - crew.taken < JOBS
+    if room:
+        crew.jobs[crew.given % JOBS] = job[0]
+        crew.jobs[crew.given % JOBS].skipped = load_u64(&served.skipped)
+        set_bits(served.coming, first, end)
+        crew.given += 1
+        if crew.idle:
+            pthread_cond_signal(&crew.work)
+    pthread_mutex_unlock(&crew.desk.lock)
+    return room
+
+
+cdef void *run(void *argument) noexcept nogil:
+    """A worker's whole life."""
+    cdef crew_t *crew = <crew_t *>argument
+    cdef worker_t *worker
+    cdef job_t job
+    cdef uint64_t one = 1
+    pthread_mutex_lock(&crew.desk.lock)
+    worker = crew.workers[crew.started]
+    crew.started += 1
+    while True:
+        while crew.given == crew.taken and not crew.ending:
+            crew.idle += 1
+            pthread_cond_wait(&crew.work, &crew.desk.lock)
+            crew.idle -= 1
+        if crew.given == crew.taken:
+            break
+        job = crew.jobs[crew.taken % JOBS]
+        crew.taken += 1
+        pthread_mutex_unlock(&crew.desk.lock)
+        do(worker, &job)
+        if swap_int_if(&crew.waited_for, 1, 0):
+            c_write(crew.kick_fd, &one, sizeof(one))
+        pthread_mutex_lock(&crew.desk.lock)
+    pthread_mutex_unlock(&crew.desk.lock)
+    return NULL
+
+
+cdef void do(worker_t *worker, const job_t *job) noexcept nogil:
+    cdef entry_t entry
+    cdef served_t *served = NULL
+    cdef uint64_t first, end, last
+    cdef int ticket = enter(worker.desk.tree)
+    if find(worker.desk.tree, job.start, &entry) and entry.id == job.id and entry.payload != NULL:
+        served = <served_t *>entry.payload
+        # From here on whoever detaches the region waits for us, and no longer than for us.
+        add_int(&served.users, 1)
+    leave(worker.desk.tree, ticket)
+    if served == NULL:
+        # Closed, or given up. Whoever waits there asks again, and is told so.
+        wake(worker, job.start, job.end)
+        return
+    worker.since = job.since
+    first = (job.start - entry.base) // PAGE_SIZE
+    end = (job.end - entry.base) // PAGE_SIZE
+    last = (min(job.end, entry.end) - entry.base) // PAGE_SIZE
+    fill(worker, &entry, served, first, last, (job.want - entry.base) // PAGE_SIZE,
+         (job.want_end - entry.base) // PAGE_SIZE, 0, True)
+    clear_bits(served.coming, first, end)
+    if last < end or load_u64(&served.skipped) != job.skipped:
+        wake(worker, job.start, job.end)
+    if job.n_faults:
+        count_latency(worker, served, job.n_faults, now() - job.since)
+    add_int(&served.users, -1)

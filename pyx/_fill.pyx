@@ -1,0 +1,438 @@
+"""Fill runs of pages from their source, and do what the errno table says about the kernel's answers.
+
+Without the GIL, and without allocating: each thread has a stage of one huge page. What is not in memory
+already is filled into it and copied from there; a whole huge page is moved from there into its place
+instead, which costs no copy and leaves the region mapped huge.
+"""
+
+from libc.errno cimport EAGAIN, EBUSY, EFAULT, EINVAL, ENODATA, errno
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdlib cimport abort
+from libc.string cimport memcpy, memset
+
+from userfault cimport _abi
+from userfault._abi cimport PAGE_IS_HUGE, PAGEMAP_SCAN, count, ioctl, now, page_region, pm_scan_arg, store_int
+from userfault._abi cimport store_u64
+from userfault._errno cimport FORGET, NEXT, PARK, POISON, RETRY, STOP, decide
+from userfault._ioctl cimport (
+    PAGE_SIZE, uffd_copy, uffd_move, uffd_poison, uffd_wake, uffd_writeprotect, uffd_zeropage,
+)
+from userfault._served cimport HUGE_PAGES, REGION_LATENCIES, served_t, set_bits
+from userfault._source cimport source_t
+from userfault._tree cimport entry_t
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
+    int munmap(void *address, size_t length)
+    int mprotect(void *address, size_t length, int protection)
+    int c_madvise "madvise"(void *address, size_t length, int advice)
+    int mincore(void *address, size_t length, unsigned char *pages)
+    int PROT_NONE, PROT_READ, PROT_WRITE
+    int MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    int MADV_DONTFORK, MADV_DONTNEED, MADV_HUGEPAGE
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t process_vm_readv(int pid, const iovec *local, unsigned long n_local, const iovec *remote,
+                             unsigned long n_remote, unsigned long flags)
+
+cdef extern from *:
+    """
+    static const char uf_last_words[] = "userfault: a page that has no data could be neither poisoned nor "
+        "protected; the process ends, or its thread would wait for ever\\n";
+    """
+    const char LAST_WORDS "uf_last_words"[]
+    int __builtin_clzll(unsigned long long) nogil
+
+DEF SMALL_NS = 100000000      # huge pages were not to be had: so long until the next try
+
+
+# -- the stage -----------------------------------------------------------------------------------------
+
+cdef int new_stage(worker_t *worker) noexcept nogil:
+    """Map the stage, with a guard after it: a fill() that writes too much ends with SIGSEGV. 0 or -errno."""
+    cdef uint64_t huge = STAGE_BYTES, head
+    cdef char *room = <char *>mmap(NULL, 2 * huge + PAGE_SIZE, PROT_READ | PROT_WRITE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if <void *>room == <void *>-1:
+        return -errno
+    head = -<uint64_t>room % huge
+    if head:
+        munmap(room, head)
+    munmap(room + head + huge + PAGE_SIZE, huge - head)
+    worker.stage = room + head
+    mprotect(worker.stage + huge, PAGE_SIZE, PROT_NONE)
+    # A stage that a fork shares cannot be moved from (EBUSY).
+    c_madvise(worker.stage, huge + PAGE_SIZE, MADV_DONTFORK)
+    c_madvise(worker.stage, huge, MADV_HUGEPAGE)
+    return 0
+
+
+cdef void free_stage(worker_t *worker) noexcept nogil:
+    if worker.stage != NULL:
+        munmap(worker.stage, STAGE_BYTES + PAGE_SIZE)
+        worker.stage = NULL
+
+
+cdef bint stage_is_huge(worker_t *worker) noexcept nogil:
+    """Have the stage's memory; whether it is one huge page. Linux 6.7 and later can tell."""
+    cdef pm_scan_arg scan
+    cdef page_region found
+    worker.stage[0] = 1
+    memset(&scan, 0, sizeof(scan))
+    scan.size = sizeof(scan)
+    scan.start = <uintptr_t>worker.stage
+    scan.end = scan.start + STAGE_BYTES
+    scan.vec = <uintptr_t>&found
+    scan.vec_len = 1
+    scan.category_mask = scan.return_mask = PAGE_IS_HUGE
+    return (ioctl(worker.desk.pagemap, PAGEMAP_SCAN, &scan) == 1
+            and found.end - found.start == STAGE_BYTES)
+
+
+# -- sources -------------------------------------------------------------------------------------------
+
+cdef bint is_prompt(const served_t *served, uint64_t first, uint64_t end) noexcept nogil:
+    """Whether filling the pages [first, end) can be tried at once: the source will wait for nothing."""
+    cdef const source_t *source = &served.source
+    cdef unsigned char cached[HUGE_PAGES + 1]
+    cdef uint64_t start, length, i
+    if source.direct == NULL:
+        return source.zero or source.prompt != NULL
+    if source.solid or first * PAGE_SIZE >= source.size:
+        return True
+    # A mapped file: what is in the page cache is there at once.
+    start = <uintptr_t>source.direct + first * PAGE_SIZE
+    length = min(end * PAGE_SIZE, source.size) - first * PAGE_SIZE + start % PAGE_SIZE
+    start -= start % PAGE_SIZE
+    if length > HUGE_PAGES * PAGE_SIZE or mincore(<void *>start, length, cached) != 0:
+        return False
+    for i in range((length + PAGE_SIZE - 1) // PAGE_SIZE):
+        if not cached[i] & 1:
+            return False
+    return True
+
+
+cdef int read_own(void *to, const void *source, size_t length) noexcept nogil:
+    """memcpy that answers -EFAULT where the source is a mapping of a file that became shorter."""
+    cdef iovec local, remote
+    cdef ssize_t got
+    local.iov_base = to
+    remote.iov_base = <void *>source
+    local.iov_len = remote.iov_len = length
+    got = process_vm_readv(_abi.getpid(), &local, 1, &remote, 1, 0)
+    if got == <ssize_t>length:
+        return 0
+    if got >= 0 or errno == EFAULT:
+        return -EFAULT
+    memcpy(to, source, length)  # forbidden here, by seccomp or the kernel's configuration
+    return 0
+
+
+cdef int bring(worker_t *worker, const source_t *source, uint64_t offset, uint64_t length,
+               bint may_wait) noexcept nogil:
+    """The bytes [offset, +length) of the source into the stage. 0, -errno, or -EAGAIN: it would wait."""
+    cdef int result
+    if source.direct != NULL:
+        if not source.solid:
+            return read_own(worker.stage, source.direct + offset, length)
+        memcpy(worker.stage, source.direct + offset, length)
+        return 0
+    result = (source.fill if may_wait else source.prompt)(source.ctx, offset, worker.stage, length)
+    return -ENODATA if result > 0 else result
+
+
+# -- filling -------------------------------------------------------------------------------------------
+
+cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
+                   uint64_t want, uint64_t want_end, uint64_t mode, bint may_wait) noexcept nogil:
+    """Fill the pages [first, end) of the region, all in one piece of it, in as few calls as there can be.
+
+    Threads wait for (some of) the pages [want, want_end): those that cannot be had fail closed; others
+    stay missing. `mode` is UFFDIO_MODE_DONTWAKE or 0. Returns `end`, or unless it `may_wait`, the page
+    before which the source would wait.
+    """
+    cdef const source_t *source = &served.source
+    cdef uint64_t address, offset, has, n, page
+    cdef int result
+    while first < end:
+        address = entry.base + first * PAGE_SIZE
+        offset = first * PAGE_SIZE
+        n = end - first
+        if source.zero:
+            resolve(worker, entry, served, first, n, 0, want, want_end, mode)
+            return end
+        has = source.size - offset if source.size > offset else 0
+        if has == 0:
+            lose(worker, entry, served, first, end, want, want_end, ENODATA)
+            return end
+        if served.huge:
+            if address % STAGE_BYTES == 0 and n >= HUGE_PAGES and has >= STAGE_BYTES:
+                result = move(worker, entry, served, first, want, want_end, mode, may_wait)
+                if result == 0:
+                    first += HUGE_PAGES
+                    continue
+                if result == -EAGAIN:
+                    return first
+            n = min(n, HUGE_PAGES - address % STAGE_BYTES // PAGE_SIZE)
+        if source.direct != NULL and has >= PAGE_SIZE:
+            n = min(n, has // PAGE_SIZE)
+            resolve(worker, entry, served, first, n, <uintptr_t>source.direct + offset, want, want_end, mode)
+            first += n
+            continue
+        n = min(n, served.granule - first % served.granule)
+        has = min(has, n * PAGE_SIZE)
+        n = (has + PAGE_SIZE - 1) // PAGE_SIZE
+        result = bring(worker, source, offset, has, may_wait)
+        if result == 0:
+            memset(worker.stage + has, 0, n * PAGE_SIZE - has)
+            resolve(worker, entry, served, first, n, <uintptr_t>worker.stage, want, want_end, mode)
+        elif result == -EAGAIN and not may_wait:
+            return first
+        elif n == 1:
+            lose(worker, entry, served, first, first + 1, want, want_end, -result)
+        else:
+            # One bad page does not spoil its neighbours.
+            store_u64(&served.ahead_error, -result)
+            for page in range(max(first, want), min(first + n, want_end)):
+                if fill(worker, entry, served, page, page + 1, page, page + 1, mode, may_wait) != page + 1:
+                    return page
+        first += n
+    return end
+
+
+cdef int move(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t want,
+              uint64_t want_end, uint64_t mode, bint may_wait) noexcept nogil:
+    """Fill a huge page's worth of pages into the stage and move it into place.
+
+    0 when done, by whatever means; -EAGAIN when the source would wait; -EBUSY when no huge page is to be
+    had or the source failed: then nothing is done.
+    """
+    cdef uint64_t address = entry.base + first * PAGE_SIZE, done
+    cdef int result
+    if now() < worker.small_until:
+        return -EBUSY
+    if not stage_is_huge(worker):
+        c_madvise(worker.stage, STAGE_BYTES, MADV_DONTNEED)
+        worker.small_until = now() + SMALL_NS
+        return -EBUSY
+    result = bring(worker, &served.source, first * PAGE_SIZE, STAGE_BYTES, may_wait)
+    if result != 0:
+        return -EAGAIN if result == -EAGAIN and not may_wait else -EBUSY
+    result = uffd_move(worker.desk.fd, address, <uintptr_t>worker.stage, STAGE_BYTES, mode, &done)
+    worker.counters.ioctls += 1
+    count(&served.counters.ioctls, 1)
+    came(worker, served, first, done // PAGE_SIZE, want, want_end)
+    worker.counters.moved += done // PAGE_SIZE
+    count(&served.counters.moved, done // PAGE_SIZE)
+    if result != 0:
+        note(worker, result)
+        # mlock, mprotect, pinned pages, or a process that is not ours: copying does not mind those.
+        if result == -EINVAL or result == -EBUSY:
+            store_int(&served.huge, 0)
+        first += done // PAGE_SIZE
+        resolve(worker, entry, served, first, HUGE_PAGES - done // PAGE_SIZE,
+                <uintptr_t>worker.stage + done, want, want_end, mode)
+        c_madvise(worker.stage, STAGE_BYTES, MADV_DONTNEED)
+    return 0
+
+
+cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t n,
+                  uint64_t source, uint64_t want, uint64_t want_end, uint64_t mode) noexcept nogil:
+    """COPY n pages from `source`, or ZEROPAGE them when that is 0, as the errno table decides."""
+    cdef uint64_t end = first + n, page, step, done
+    cdef uint64_t address, origin = source - first * PAGE_SIZE if source else 0
+    cdef int result, decision
+    cdef bint wanted
+    worker.counters.runs += 1
+    count(&served.counters.runs, 1)
+    while first < end:
+        step = end - first
+        while True:
+            address = entry.base + first * PAGE_SIZE
+            if source:
+                result = uffd_copy(worker.desk.fd, address, origin + first * PAGE_SIZE, step * PAGE_SIZE,
+                                   mode, &done)
+            else:
+                result = uffd_zeropage(worker.desk.fd, address, step * PAGE_SIZE, mode, &done)
+            worker.counters.ioctls += 1
+            count(&served.counters.ioctls, 1)
+            done //= PAGE_SIZE
+            came(worker, served, first, done, want, want_end)
+            first += done
+            if result == 0:
+                decision = RETRY
+                break
+            note(worker, result)
+            decision = decide(-result)
+            # COPY and ZEROPAGE never cross a mapping: the run may lie in two, so try one page.
+            if decision == FORGET and step > 1 and done == 0:
+                step = 1
+                continue
+            break
+        if decision == RETRY or (decision == PARK and done):
+            continue
+        address = entry.base + first * PAGE_SIZE
+        wanted = want <= first < want_end
+        if decision == PARK:
+            store_u64(&served.ahead_error, -result)
+            for page in range(max(first, want), min(end, want_end)):
+                park(worker, served, entry.base + page * PAGE_SIZE)
+            return
+        if decision == NEXT:
+            # Somebody else brought the page: its faulting thread may still sleep.
+            set_bits(served.resident, first, first + 1)
+            uffd_wake(worker.desk.fd, address, PAGE_SIZE)
+            worker.counters.ioctls += 1
+            count(&served.counters.ioctls, 1)
+            worker.counters.existing += 1
+            count(&served.counters.existing, 1)
+        elif decision == FORGET or decision == STOP:
+            worker.counters.forgotten += 1
+            count(&served.counters.forgotten, 1)
+        elif wanted:
+            fail(worker, entry, served, address, -result, RESOLVE)
+        else:
+            store_u64(&served.ahead_error, -result)
+        first += 1
+
+
+cdef inline void came(worker_t *worker, served_t *served, uint64_t first, uint64_t n, uint64_t want,
+                      uint64_t want_end) noexcept nogil:
+    """Note that n pages are there now."""
+    cdef uint64_t wanted = 0
+    if n == 0:
+        return
+    set_bits(served.resident, first, first + n)
+    if want < want_end and want < first + n and first < want_end:
+        wanted = min(first + n, want_end) - max(first, want)
+    worker.counters.pages += n
+    worker.counters.bytes += n * PAGE_SIZE
+    worker.counters.ahead += n - wanted
+    count(&served.counters.pages, n)
+    count(&served.counters.bytes, n * PAGE_SIZE)
+    if n > wanted:
+        count(&served.counters.ahead, n - wanted)
+
+
+cdef inline void note(worker_t *worker, int result) noexcept nogil:
+    """Count an errno."""
+    worker.counters.errors[-result if -result < ERRNOS else 0] += 1
+
+
+# -- what cannot be filled -----------------------------------------------------------------------------
+
+cdef void lose(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
+               uint64_t want, uint64_t want_end, int error) noexcept nogil:
+    """The source does not have the pages [first, end): those that somebody waits for fail closed."""
+    cdef uint64_t page
+    if first < want or end > want_end:
+        store_u64(&served.ahead_error, error)
+    for page in range(max(first, want), min(end, want_end)):
+        fail(worker, entry, served, entry.base + page * PAGE_SIZE, error, SOURCE)
+
+
+cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_t page, int error,
+               int stage) noexcept nogil:
+    """Let the page fail closed, and note why. `entry` and `served` are NULL where there is none."""
+    cdef desk_t *desk = worker.desk
+    cdef uint64_t done
+    cdef int result, decision = POISON
+    cdef failure_t *failure
+    if served != NULL:
+        # Not missing any more; read-ahead has no business there.
+        done = (page - entry.base) // PAGE_SIZE
+        set_bits(served.resident, done, done + 1)
+    if desk.can_poison:
+        result = uffd_poison(desk.fd, page, PAGE_SIZE, 0, &done)
+        worker.counters.ioctls += 1
+        decision = RETRY
+        if result != 0:
+            note(worker, result)
+            decision = decide(-result)
+        if decision == PARK:
+            park(worker, served, page)
+            return
+        if decision == NEXT:
+            # A page, or the marker of a write-protected one that is missing, which must go first.
+            uffd_writeprotect(desk.fd, page, PAGE_SIZE, 0)
+            uffd_wake(desk.fd, page, PAGE_SIZE)
+            worker.counters.ioctls += 2
+            worker.counters.existing += 1
+            return
+        if decision == FORGET or decision == STOP:
+            worker.counters.forgotten += 1
+            return
+    if not desk.can_poison or decision == POISON:
+        # Before Linux 6.6, or refused. Each page splits the mapping; when there are no more mappings
+        # to be had, all that is left of the region goes. Waiting for ever is no choice, zeros are none.
+        if mprotect(<void *>page, PAGE_SIZE, PROT_NONE) != 0 and (
+                entry == NULL
+                or mprotect(<void *>entry.start, entry.end - entry.start, PROT_NONE) != 0):
+            _abi.c_write(2, LAST_WORDS, sizeof(LAST_WORDS) - 1)
+            abort()
+        uffd_wake(desk.fd, page, PAGE_SIZE)
+        worker.counters.ioctls += 1
+    worker.counters.failed += 1
+    if served != NULL:
+        count(&served.counters.failed, 1)
+    pthread_mutex_lock(&desk.lock)
+    failure = desk.failures + desk.n_failures % FAILURES
+    failure.address = page
+    failure.region = entry.id if entry != NULL else -1
+    failure.offset = <int64_t>(page - entry.base) if entry != NULL else -1
+    failure.error = error
+    failure.stage = stage
+    desk.n_failures += 1
+    pthread_mutex_unlock(&desk.lock)
+
+
+cdef void park(worker_t *worker, served_t *served, uint64_t page) noexcept nogil:
+    """Try the page again in a millisecond. With no room left, its thread asks again by itself."""
+    cdef desk_t *desk = worker.desk
+    cdef bint room
+    worker.counters.parked += 1
+    if served != NULL:
+        count(&served.counters.parked, 1)
+    pthread_mutex_lock(&desk.lock)
+    room = desk.n_parked < PARKED
+    if room:
+        desk.parked[desk.n_parked].page = page
+        desk.parked[desk.n_parked].since = worker.since
+        desk.n_parked += 1
+    pthread_mutex_unlock(&desk.lock)
+    if not room:
+        wake(worker, page, page + PAGE_SIZE)
+
+
+cdef void wake(worker_t *worker, uint64_t start, uint64_t end) noexcept nogil:
+    """Whoever sleeps in [start, end) looks again."""
+    uffd_wake(worker.desk.fd, start, end - start)
+    worker.counters.ioctls += 1
+
+
+# -- time ----------------------------------------------------------------------------------------------
+
+cdef inline size_t bucket(uint64_t ns) noexcept nogil:
+    """Eight buckets an octave: below 8 ns one each, then steps of an eighth of the power of two."""
+    cdef int octave
+    if ns < 8:
+        return ns
+    octave = 63 - __builtin_clzll(ns)
+    return (octave - 2) * 8 + (ns >> (octave - 3) & 7)
+
+
+def bucket_start(int i):
+    """The first ns of a bucket of the latency histogram."""
+    return i if i < 16 else <uint64_t>(8 + i % 8) << (i // 8 - 1)
+
+
+cdef void count_latency(worker_t *worker, served_t *served, uint64_t n, int64_t ns) noexcept nogil:
+    """n faults were resolved `ns` after they had been read."""
+    cdef int octave
+    worker.counters.latency[bucket(ns)] += n
+    if served != NULL:
+        octave = 64 - __builtin_clzll(ns) if ns > 0 else 0
+        count(&served.counters.latency[min(octave, REGION_LATENCIES - 1)], n)

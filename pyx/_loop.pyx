@@ -1,0 +1,468 @@
+"""The reading thread: read → sort, dedupe → dispatch → widen → fill, and read ahead while nothing waits.
+
+Its parts run without the GIL and allocate nothing. It never waits for a source: what cannot be filled
+at once goes to the crew.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, ENODATA, errno
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcpy
+
+from userfault cimport _abi
+from userfault._abi cimport (
+    UFFDIO_MODE_DONTWAKE, add_u64, c_read, count, load_int, load_u64, msg_record, now, pollfd, ppoll,
+    store_int, swap_int_if, timespec,
+)
+from userfault._crew cimport crew_t, hand, job_t
+from userfault._fill cimport (
+    NO_SOURCE, count_latency, fail, fill, is_prompt, parked_t, park, pthread_mutex_lock,
+    pthread_mutex_unlock, wake,
+)
+from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
+from userfault._served cimport (
+    HUGE_PAGES, clear_bits, first_missing, is_set, look_ahead, missing_end, resync, served_t,
+)
+from userfault._tree cimport empty, enter, entry_t, find, leave
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+DEF RETRY_NS = 1000000     # until what was parked is tried again
+DEF SPIN_NS = 200000       # without a fault, until the thread sleeps
+DEF RECHECK = 512          # pages about a fault that contradicts what is known of them
+DEF LONG_RUN = 16          # pages: their threads are woken at once
+
+
+cdef void sort(uint64_t *values, size_t n) noexcept nogil:
+    # Shell's, in place: qsort(3) may allocate.
+    cdef size_t gap = 1, i, k
+    cdef uint64_t value
+    while gap < n // 3:
+        gap = 3 * gap + 1
+    while gap:
+        for i in range(gap, n):
+            value = values[i]
+            k = i
+            while k >= gap and values[k - gap] > value:
+                values[k] = values[k - gap]
+                k -= gap
+            values[k] = value
+        gap //= 3
+
+
+cdef int run_loop(loop_t *loop) noexcept nogil:
+    """Until the keeper has nothing left to keep (0), or the descriptor fails (-errno)."""
+    cdef size_t record = 8 if loop.wire == _abi.WIRE_V1 else 16 if loop.wire == _abi.WIRE_V2 else 32
+    cdef pollfd fds[2]
+    cdef timespec retry
+    cdef uint64_t kicks
+    cdef int64_t since = 0, last = 0, unparked = 0
+    cdef bint keen = False
+    cdef ssize_t got
+    retry.tv_sec = 0
+    retry.tv_nsec = RETRY_NS
+    fds[0].fd = loop.desk.fd
+    fds[1].fd = loop.kick_fd
+    fds[0].events = fds[1].events = _abi.POLLIN
+    while True:
+        if load_int(&loop.state) == KEEPER and empty(loop.desk.tree):
+            if swap_int_if(&loop.state, KEEPER, GONE):
+                return 0
+        # Reading first saves the poll whenever faults keep coming.
+        got = c_read(loop.desk.fd, loop.records, CAPACITY * record)
+        if got > 0:
+            since = now()
+            # Worth waiting for the next, awake?
+            keen = since - last < 2 * SPIN_NS
+            last = since
+            loop.worker.counters.reads += 1
+            serve(loop, decode(loop, got // record), since)
+            # All that is not urgent gets its turn even while faults never stop coming.
+            if since - unparked > RETRY_NS:
+                unparked = since
+                unpark(loop)
+                advance(loop, False)
+            advance(loop, True)
+            continue
+        if got < 0 and errno == EINTR:
+            continue
+        if got == 0 or errno != EAGAIN:
+            return -errno if got < 0 else -ENODATA
+        if load_int(&loop.n_orders):
+            take_orders(loop)
+        if advance(loop, False):
+            continue
+        if keen and loop.may_spin and load_int(&loop.placement) == SPIN and now() - last < SPIN_NS:
+            # Whoever is ready to run on this processor may be the next to fault.
+            sched_yield()
+            continue
+        keen = False
+        if ppoll(fds, 2, &retry if loop.desk.n_parked else NULL, NULL) < 0 and errno != EINTR:
+            return -errno
+        if fds[1].revents:
+            c_read(fds[1].fd, &kicks, sizeof(kicks))
+            fds[1].revents = 0
+        unpark(loop)
+
+
+cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
+    """The pages of the page faults among n records, into `pages`; other records are kept."""
+    cdef uint64_t page = ~(PAGE_SIZE - 1), arg
+    cdef const msg_record *msg
+    cdef size_t i, n_pages = 0, record = 8
+    cdef bint fault, protected
+    for i in range(n):
+        if loop.wire == _abi.WIRE_MSG:
+            msg = <const msg_record *>loop.records + i
+            fault = (msg.event == _abi.UFFD_EVENT_PAGEFAULT
+                     and not msg.flags & _abi.UFFD_PAGEFAULT_FLAG_MINOR)
+            protected = fault and msg.flags & _abi.UFFD_PAGEFAULT_FLAG_WP
+            arg = msg.address
+            record = sizeof(msg_record)
+        elif loop.wire == _abi.WIRE_V2:
+            fault = (<const _abi.v2_record *>loop.records)[i].type == _abi.UFFD_PAGEFAULT
+            arg = (<const _abi.v2_record *>loop.records)[i].arg
+            protected = fault and arg & _abi.UFFD_BIT_WP
+            record = sizeof(_abi.v2_record)
+        else:
+            fault = True
+            arg = (<const _abi.v1_record *>loop.records)[i].arg
+            protected = arg & _abi.UFFD_BIT_WP
+        if protected:
+            # The data is there, and nobody is left who wants to know of the write.
+            uffd_writeprotect(loop.desk.fd, arg & page, PAGE_SIZE, 0)
+            loop.worker.counters.ioctls += 1
+            loop.worker.counters.unprotected += 1
+        elif fault:
+            loop.pages[n_pages] = arg & page
+            n_pages += 1
+        else:
+            memcpy(loop.unknowns + loop.worker.counters.unknown % UNKNOWNS * sizeof(msg_record),
+                   loop.records + i * record, record)
+            loop.worker.counters.unknown += 1
+    loop.worker.counters.records += n
+    return n_pages
+
+
+# -- the batch -----------------------------------------------------------------------------------------
+
+cdef void serve(loop_t *loop, size_t n, int64_t since) noexcept nogil:
+    """Resolve the n `pages`, which were read at time `since`."""
+    cdef int ticket = enter(loop.desk.tree)
+    cdef entry_t entry
+    cdef bint held = False
+    cdef size_t i = 0
+    cdef uint64_t mode = UFFDIO_MODE_DONTWAKE if n > 1 else 0
+    loop.worker.since = since
+    sort(loop.pages, n)
+    while i < n:
+        if not (held and entry.start <= loop.pages[i] < entry.end):
+            held = find(loop.desk.tree, loop.pages[i], &entry)
+        if held and entry.payload != NULL:
+            i += serve_run(loop, &entry, <served_t *>entry.payload, loop.pages + i, n - i, mode)
+        elif i and loop.pages[i] == loop.pages[i - 1]:
+            loop.worker.counters.duplicates += 1
+            i += 1
+        else:
+            loop.worker.counters.runs += 1
+            fail(&loop.worker, &entry if held else NULL, NULL, loop.pages[i], 0, NO_SOURCE)
+            count_latency(&loop.worker, NULL, 1, now() - since)
+            i += 1
+    flush(loop)
+    leave(loop.desk.tree, ticket)
+
+
+cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, const uint64_t *pages, size_t n,
+                      uint64_t mode) noexcept nogil:
+    """Serve the first of the sorted faults, and those after it that belong to the same run of units.
+
+    Returns how many that were.
+    """
+    cdef uint64_t low = (entry.start - entry.base) // PAGE_SIZE
+    cdef uint64_t high = min((entry.end - entry.base) // PAGE_SIZE, served.n_pages)
+    cdef uint64_t page = (pages[0] - entry.base) // PAGE_SIZE
+    cdef uint64_t want = page, want_end = page, first, end, stop, ahead, parked, n_faults = 0
+    cdef size_t i = 0
+    cdef bint handed = False, filled = False
+    if is_set(served.coming, page) and left_to_worker(loop, served, page):
+        # The reader has caught up with what is read ahead of it.
+        ahead = look_ahead(served, page, page + 1)
+        set_goal(loop, served.id, entry.base + page * PAGE_SIZE, entry.base + ahead * PAGE_SIZE, False)
+        return 1
+    first = end = max(low, page - page % served.unit)
+    while i < n and pages[i] < entry.end:
+        page = (pages[i] - entry.base) // PAGE_SIZE
+        if page + 1 == want_end:
+            loop.worker.counters.duplicates += 1
+            count(&served.counters.duplicates, 1)
+            n_faults += 1
+        elif page >= end and page - page % served.unit > end:
+            break
+        elif i == 0 or not (is_set(served.coming, page) and left_to_worker(loop, served, page)):
+            if is_set(served.resident, page):
+                recheck(loop, entry, served, page, low, high)
+            if page >= end:
+                end = min(page - page % served.unit + served.unit, high)
+            want_end = page + 1
+            n_faults += 1
+        i += 1
+    count(&served.counters.records, n_faults)
+    ahead = look_ahead(served, first, end)
+    if served.huge and ahead >= end + HUGE_PAGES:
+        take_whole(entry, served, low, high, &first, &end)
+    parked = loop.worker.counters.parked
+    page = first_missing(served, first, end)
+    while page < end:
+        filled = True
+        stop = missing_end(served, page, end)
+        if fill_or_hand(loop, entry, served, page, stop, want, want_end, 0 if handed else n_faults, mode):
+            handed = True
+        page = first_missing(served, stop, end)
+    if not filled and mode == 0:
+        # There all along, or brought by somebody else since.
+        wake(&loop.worker, pages[0], pages[0] + PAGE_SIZE)
+    parked = loop.worker.counters.parked - parked
+    n_faults = 0 if handed or parked >= n_faults else n_faults - parked
+    note_due(loop, served, entry.base + want * PAGE_SIZE, entry.base + want_end * PAGE_SIZE, n_faults, mode)
+    if end - first > LONG_RUN:
+        flush(loop)
+    if ahead > end:
+        set_goal(loop, served.id, entry.base + end * PAGE_SIZE, entry.base + ahead * PAGE_SIZE, False)
+    return i
+
+
+cdef bint left_to_worker(loop_t *loop, served_t *served, uint64_t page) noexcept nogil:
+    """A worker has been asked for the page: it will wake those who came too late. False: it is through."""
+    add_u64(&served.skipped, 1)
+    if not is_set(served.coming, page):
+        return False
+    loop.worker.counters.coming += 1
+    count(&served.counters.records, 1)
+    return True
+
+
+cdef void recheck(loop_t *loop, const entry_t *entry, served_t *served, uint64_t page, uint64_t low,
+                  uint64_t high) noexcept nogil:
+    """A page that was there is missing: madvise(MADV_DONTNEED) took it, and maybe its neighbours."""
+    cdef uint64_t first = page - page % RECHECK
+    if resync(served, loop.desk.pagemap, entry.base, max(first, low), min(first + RECHECK, high)) < 0:
+        clear_bits(served.resident, page, page + 1)
+
+
+cdef void take_whole(const entry_t *entry, served_t *served, uint64_t low, uint64_t high, uint64_t *first,
+                     uint64_t *end) noexcept nogil:
+    """Widen [first, end) to the huge page that it lies in, if nothing is there yet: one page that comes
+    before the others would spoil the move."""
+    cdef uint64_t page = first[0], aligned
+    aligned = (entry.base // PAGE_SIZE + page) % HUGE_PAGES
+    if aligned > page - low or page - aligned + HUGE_PAGES > high:
+        return
+    page -= aligned
+    if end[0] <= page + HUGE_PAGES and missing_end(served, page, page + HUGE_PAGES) == page + HUGE_PAGES:
+        first[0] = page
+        end[0] = page + HUGE_PAGES
+
+
+cdef bint fill_or_hand(loop_t *loop, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
+                       uint64_t want, uint64_t want_end, uint64_t n_faults, uint64_t mode) noexcept nogil:
+    """Fill the missing pages [first, end) here as far as that needs no waiting; the rest is for the crew,
+    which True says."""
+    if is_prompt(served, first, end):
+        first = fill(&loop.worker, entry, served, first, end, want, want_end, mode, False)
+        if first == end:
+            return False
+    give(loop, entry, served, first, end, want, want_end, n_faults)
+    return True
+
+
+cdef void give(loop_t *loop, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
+               uint64_t want, uint64_t want_end, uint64_t n_faults) noexcept nogil:
+    """Ask the crew for the missing pages [first, end). When it is swamped, those wanted are parked."""
+    cdef job_t job
+    cdef uint64_t stop, page
+    job.id = served.id
+    job.since = loop.worker.since
+    job.n_faults = n_faults
+    while first < end:
+        stop = min(stop_of(entry, served, first, end), end)
+        job.start = entry.base + first * PAGE_SIZE
+        job.end = entry.base + stop * PAGE_SIZE
+        job.want = entry.base + min(max(first, want), stop) * PAGE_SIZE
+        job.want_end = entry.base + min(max(first, want_end), stop) * PAGE_SIZE
+        if not hand(&loop.crew, served, &job, first, stop):
+            for page in range(max(first, want), min(end, want_end)):
+                park(&loop.worker, served, entry.base + page * PAGE_SIZE)
+            return
+        loop.worker.counters.handed += 1
+        job.n_faults = 0
+        first = stop
+
+
+cdef inline uint64_t stop_of(const entry_t *entry, const served_t *served, uint64_t first,
+                             uint64_t end) noexcept nogil:
+    """Where to stop for now with a long run from `first` to `end`: between units, between huge pages."""
+    cdef uint64_t stop = first - first % served.granule + served.granule, huge
+    if served.huge:
+        huge = first + HUGE_PAGES - (entry.base // PAGE_SIZE + first) % HUGE_PAGES
+        if huge - first == HUGE_PAGES <= end - first:
+            return huge
+        return min(huge, stop)
+    return stop
+
+
+cdef void note_due(loop_t *loop, served_t *served, uint64_t start, uint64_t end, uint64_t n_faults,
+                   uint64_t mode) noexcept nogil:
+    """The pages of n faults are there. Their threads, if they were not woken by that, sleep until `flush`."""
+    if mode == 0:
+        count_latency(&loop.worker, served, n_faults, now() - loop.worker.since)
+        return
+    if loop.n_due == 0:
+        loop.asleep_from = start
+    loop.asleep_to = end
+    loop.due[loop.n_due].served = served
+    loop.due[loop.n_due].n = n_faults
+    loop.n_due += 1
+    if loop.n_due == MOST_DUE:
+        flush(loop)
+
+
+cdef void flush(loop_t *loop) noexcept nogil:
+    """Wake all whose pages came with DONTWAKE, in one call: each wake-up walks the list of all sleepers."""
+    cdef int64_t ns
+    cdef size_t i
+    if loop.n_due == 0:
+        return
+    wake(&loop.worker, loop.asleep_from, loop.asleep_to)
+    ns = now() - loop.worker.since
+    for i in range(loop.n_due):
+        count_latency(&loop.worker, loop.due[i].served, loop.due[i].n, ns)
+    loop.n_due = 0
+
+
+cdef void unpark(loop_t *loop) noexcept nogil:
+    """Serve everything parked; what must wait longer is parked anew."""
+    cdef size_t n, i
+    cdef int64_t since
+    pthread_mutex_lock(&loop.desk.lock)
+    n = loop.desk.n_parked
+    memcpy(loop.parked, loop.desk.parked, n * sizeof(parked_t))
+    loop.desk.n_parked = 0
+    pthread_mutex_unlock(&loop.desk.lock)
+    while n:
+        since = loop.parked[n - 1].since
+        i = 0
+        while n and i < CAPACITY and loop.parked[n - 1].since == since:
+            n -= 1
+            loop.pages[i] = loop.parked[n].page
+            i += 1
+        serve(loop, i, since)
+
+
+# -- ahead of need -------------------------------------------------------------------------------------
+
+cdef void set_goal(loop_t *loop, int64_t id, uint64_t next, uint64_t end, bint bulk) noexcept nogil:
+    """Fill the addresses [next, end) of the region when nothing else is to be done."""
+    cdef goal_t *goal
+    cdef size_t i
+    for i in range(loop.n_goals):
+        goal = &loop.goals[i]
+        if goal.id == id and goal.bulk == bulk and next <= goal.end and goal.next <= end:
+            # A stream has come as far as `next`: what lies behind is nobody's goal any more.
+            goal.next = min(goal.next, next) if bulk else next
+            goal.end = max(goal.end, end)
+            goal.fresh = True
+            return
+    if loop.n_goals < GOALS:
+        goal = &loop.goals[loop.n_goals]
+        loop.n_goals += 1
+    else:
+        # Some other stream has to do without.
+        loop.turn += 1
+        goal = &loop.goals[loop.turn % GOALS]
+        if goal.bulk:
+            return
+    goal.id = id
+    goal.next = next
+    goal.end = end
+    goal.bulk = bulk
+    goal.fresh = True
+
+
+cdef void take_orders(loop_t *loop) noexcept nogil:
+    """What materialize() asked for."""
+    cdef goal_t order
+    while loop.n_goals < GOALS:
+        pthread_mutex_lock(&loop.desk.lock)
+        if loop.n_orders == 0:
+            pthread_mutex_unlock(&loop.desk.lock)
+            return
+        loop.n_orders -= 1
+        order = loop.orders[loop.n_orders]
+        pthread_mutex_unlock(&loop.desk.lock)
+        set_goal(loop, order.id, order.next, order.end, True)
+
+
+cdef bint advance(loop_t *loop, bint fresh) noexcept nogil:
+    """One step towards every goal that faults asked for just now, or (not `fresh`) towards one goal.
+
+    False when there was nothing to do, or nothing that can be done now.
+    """
+    cdef size_t i = 0
+    cdef bint did = False
+    loop.worker.since = 0
+    if fresh:
+        while i < loop.n_goals:
+            if loop.goals[i].fresh:
+                loop.goals[i].fresh = False
+                step(loop, i, &did)
+            i += 1
+        return did
+    while i < loop.n_goals and not did:
+        loop.turn += 1
+        step(loop, loop.turn % loop.n_goals, &did)
+        i += 1
+    return did
+
+
+cdef void step(loop_t *loop, size_t i, bint *did) noexcept nogil:
+    """One step towards a goal, which is dropped when it is reached or its region is gone."""
+    cdef goal_t *goal = &loop.goals[i]
+    cdef int ticket = enter(loop.desk.tree)
+    cdef entry_t entry
+    cdef served_t *served
+    cdef uint64_t first, limit, stop
+    cdef bint reached = True
+    if find(loop.desk.tree, goal.next, &entry) and entry.id == goal.id and entry.payload != NULL:
+        served = <served_t *>entry.payload
+        limit = (min(goal.end, entry.end) - entry.base) // PAGE_SIZE
+        first = first_missing(served, (goal.next - entry.base) // PAGE_SIZE, limit)
+        stop = limit
+        if first < limit:
+            stop = missing_end(served, first, min(limit, stop_of(&entry, served, first, limit)))
+            if is_prompt(served, first, stop):
+                if loop.crew.idle and loop.crew.given == loop.crew.taken:
+                    # A worker can do as well, while we go on.
+                    give(loop, &entry, served, first, stop, 0, 0, 0)
+                else:
+                    fill_or_hand(loop, &entry, served, first, stop, 0, 0, 0, 0)
+            elif is_busy(&loop.crew):
+                leave(loop.desk.tree, ticket)
+                return
+            else:
+                give(loop, &entry, served, first, stop, 0, 0, 0)
+        goal.next = entry.base + stop * PAGE_SIZE
+        reached = stop == limit
+    did[0] = True
+    leave(loop.desk.tree, ticket)
+    if reached:
+        loop.n_goals -= 1
+        loop.goals[i] = loop.goals[loop.n_goals]
+
+
+cdef bint is_busy(crew_t *crew) noexcept nogil:
+    """Whether the crew has enough to do; then it will kick us when it has done some of it."""
+    cdef uint64_t enough = 2 * crew.n_workers
+    if load_u64(&crew.given) - load_u64(&crew.taken) < enough:
+        return False
+    store_int(&crew.waited_for, 1)
+    return load_u64(&crew.given) - load_u64(&crew.taken) >= enough
