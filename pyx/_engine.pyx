@@ -30,7 +30,7 @@ from userfault._fill cimport (
 )
 from userfault._ioctl cimport PAGE_SIZE, uffd_wake
 from userfault._loop cimport (
-    CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t, run_loop,
+    ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t, run_loop,
 )
 from userfault._regions cimport RegionTable
 from userfault._served cimport Served
@@ -186,6 +186,7 @@ cdef class Engine:
 
     def retire(self):
         """Become the keeper; wait for the thread to end as long as no registered memory is left to keep."""
+        store_int(&self.loop.placement, ANY)  # give a lease back
         swap_int_if(&self.loop.state, SERVING, KEEPER)
         self.descriptor.kick()
         while empty(&self.table.tree) and not self.finished:

@@ -19,6 +19,7 @@ from userfault._fill cimport (
     pthread_mutex_unlock, wake,
 )
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
+from userfault._lease cimport lease_end, lease_expire, lease_held, lease_saw, lease_saw_many
 from userfault._served cimport (
     HUGE_PAGES, clear_bits, first_missing, is_set, look_ahead, missing_end, resync, served_t,
 )
@@ -29,8 +30,9 @@ cdef extern from "<sched.h>" nogil:
 
 DEF RETRY_NS = 1000000     # until what was parked is tried again
 DEF SPIN_NS = 200000       # without a fault, until the thread sleeps
+DEF LEASE_NS = 10000000    # until a lease is looked after
 DEF RECHECK = 512          # pages about a fault that contradicts what is known of them
-DEF LONG_RUN = 16          # pages: their threads are woken at once
+DEF LONG_RUN = 16          # pages: their threads are woken at once, and more are not waited for
 
 
 cdef void sort(uint64_t *values, size_t n) noexcept nogil:
@@ -54,19 +56,20 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
     """Until the keeper has nothing left to keep (0), or the descriptor fails (-errno)."""
     cdef size_t record = 8 if loop.wire == _abi.WIRE_V1 else 16 if loop.wire == _abi.WIRE_V2 else 32
     cdef pollfd fds[2]
-    cdef timespec retry
+    cdef timespec timeout
+    cdef const timespec *patience
     cdef uint64_t kicks
     cdef int64_t since = 0, last = 0, unparked = 0
     cdef bint keen = False
     cdef ssize_t got
-    retry.tv_sec = 0
-    retry.tv_nsec = RETRY_NS
+    timeout.tv_sec = 0
     fds[0].fd = loop.desk.fd
     fds[1].fd = loop.kick_fd
     fds[0].events = fds[1].events = _abi.POLLIN
     while True:
         if load_int(&loop.state) == KEEPER and empty(loop.desk.tree):
             if swap_int_if(&loop.state, KEEPER, GONE):
+                lease_end(&loop.lease)
                 return 0
         # Reading first saves the poll whenever faults keep coming.
         got = c_read(loop.desk.fd, loop.records, CAPACITY * record)
@@ -77,6 +80,7 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             last = since
             loop.worker.counters.reads += 1
             serve(loop, decode(loop, got // record), since)
+            pair(loop, since)
             # All that is not urgent gets its turn even while faults never stop coming.
             if since - unparked > RETRY_NS:
                 unparked = since
@@ -87,7 +91,9 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
         if got < 0 and errno == EINTR:
             continue
         if got == 0 or errno != EAGAIN:
-            return -errno if got < 0 else -ENODATA
+            got = -errno if got < 0 else -ENODATA
+            lease_end(&loop.lease)
+            return got
         if load_int(&loop.n_orders):
             take_orders(loop)
         if advance(loop, False):
@@ -97,12 +103,32 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             sched_yield()
             continue
         keen = False
-        if ppoll(fds, 2, &retry if loop.desk.n_parked else NULL, NULL) < 0 and errno != EINTR:
+        pair(loop, 0)
+        patience = NULL
+        if loop.desk.n_parked or lease_held(&loop.lease):
+            # What is left of a lease that has ended is one more look at who inherited it, much later.
+            timeout.tv_nsec = (RETRY_NS if loop.desk.n_parked else LEASE_NS if loop.lease.held
+                               else 10 * LEASE_NS)
+            patience = &timeout
+        if ppoll(fds, 2, patience, NULL) < 0 and errno != EINTR:
             return -errno
         if fds[1].revents:
             c_read(fds[1].fd, &kicks, sizeof(kicks))
             fds[1].revents = 0
         unpark(loop)
+
+
+cdef void pair(loop_t *loop, int64_t since) noexcept nogil:
+    """Share a processor with the thread that keeps faulting; `since` is 0 when there was no fault."""
+    if load_int(&loop.placement) != PAIR:
+        if lease_held(&loop.lease):
+            lease_end(&loop.lease)
+    elif since == 0:
+        lease_expire(&loop.lease, now())
+    elif loop.tid:
+        lease_saw(&loop.lease, loop.tid, since)
+    else:
+        lease_saw_many(&loop.lease, since)
 
 
 cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
@@ -111,9 +137,12 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
     cdef const msg_record *msg
     cdef size_t i, n_pages = 0, record = 8
     cdef bint fault, protected
+    loop.tid = 0
     for i in range(n):
         if loop.wire == _abi.WIRE_MSG:
             msg = <const msg_record *>loop.records + i
+            # With THREAD_ID, which placement "pair" asks for; otherwise 0.
+            loop.tid = <int>msg.ptid if i == 0 or loop.tid == <int>msg.ptid else 0
             fault = (msg.event == _abi.UFFD_EVENT_PAGEFAULT
                      and not msg.flags & _abi.UFFD_PAGEFAULT_FLAG_MINOR)
             protected = fault and msg.flags & _abi.UFFD_PAGEFAULT_FLAG_WP
@@ -210,6 +239,9 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
     ahead = look_ahead(served, first, end)
     if served.huge and ahead >= end + HUGE_PAGES:
         take_whole(entry, served, low, high, &first, &end)
+    elif ahead - end < LONG_RUN:
+        # Within the same call: cheaper than to come back for them.
+        end = min(ahead, high)
     parked = loop.worker.counters.parked
     page = first_missing(served, first, end)
     while page < end:

@@ -92,7 +92,7 @@ cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcep
     cdef uint64_t ahead
     cdef int i
     if served.readahead >= 0:
-        return min(max(end, first + <uint64_t>served.readahead), served.n_pages)
+        return min(end + <uint64_t>served.readahead, served.n_pages)
     served.tick += 1
     for i in range(served.n_streams):
         stream = &served.streams[i]

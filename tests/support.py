@@ -53,6 +53,15 @@ def touching(region: uf.Region, pages: Iterable[int], write: bool = False) -> th
     return thread
 
 
+def wait_for(service: uf.FaultService, counter: str, value: int) -> np.void:
+    """A fault's thread is awake a moment before the engine has counted it."""
+    deadline = time.monotonic() + 30
+    while int(service.stats()[counter]) < value:
+        assert time.monotonic() < deadline, f"{counter} stays {service.stats()[counter]}"
+        time.sleep(0.001)
+    return service.stats()
+
+
 def pending(u: uf.Userfaultfd) -> int:
     """How many faults the kernel has that nobody has read."""
     with open(f"/proc/self/fdinfo/{u.fileno()}") as info:

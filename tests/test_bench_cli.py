@@ -1,4 +1,4 @@
-"""`userfault bench`: its arguments, a small native run, the plot, and the comparison with a baseline."""
+"""`userfault bench`: its arguments, small native runs, the plots, and the comparison with a baseline."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from click.testing import CliRunner
 
 import baseline
 import lab_read
+import serve_contenders
+import serve_turns
 import userfault as uf
-from userfault.cli import bench, bench_report
+from userfault.cli import bench, bench_report, bench_script, bench_serve_report
 from userfault.cli.app import cli
 from userfault.plot import read_cost
 
@@ -24,12 +26,12 @@ MAIN = "from userfault.cli import main; main()"
 
 
 def run(
-    *arguments: str, cwd: Path = ROOT, before: str = "", timeout: float = 120
+    *arguments: str, command: str = "read", cwd: Path = ROOT, before: str = "", timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which a hang cannot outlive."""
     path = str(Path(uf.__file__).parents[1])
     return subprocess.run(
-        [sys.executable, "-c", f"{before}\n{MAIN}", "bench", "read", *arguments],
+        [sys.executable, "-c", f"{before}\n{MAIN}", "bench", command, *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -58,18 +60,34 @@ def test_what_it_does_not_accept(arguments: list[str], says: str) -> None:
     assert says in " ".join(result.output.replace("│", " ").split())
 
 
-def test_outside_a_checkout_it_says_so(tmp_path: Path) -> None:
-    done = run(cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rounds", "0"], "not in the range"),
+        (["--json", "/no/such/folder/f.json"], "no such folder"),
+        (["--plot", "f.gif"], "must end in .png, .svg or .pdf"),
+    ],
+)
+def test_what_serve_does_not_accept(arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(cli, ["bench", "serve", *arguments])
+    assert result.exit_code == 2
+    assert says in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["read", "serve"])
+def test_outside_a_checkout_it_says_so(command: str, tmp_path: Path) -> None:
+    done = run(command=command, cwd=tmp_path)
     assert done.returncode == 1
     assert "clone the project" in done.stderr
 
 
 def test_the_checkout_is_found_from_below() -> None:
-    assert bench.checkout(ROOT / "bench" / "lab") == ROOT / "bench"
+    assert bench_script.checkout(ROOT / "bench" / "lab") == ROOT / "bench"
 
 
-def test_without_matplotlib_it_says_what_to_install() -> None:
-    done = run("--plot", "x.png", before="import sys; sys.modules['matplotlib'] = None")
+@pytest.mark.parametrize("command", ["read", "serve"])
+def test_without_matplotlib_it_says_what_to_install(command: str) -> None:
+    done = run("--plot", "x.png", command=command, before="import sys; sys.modules['matplotlib'] = None")
     assert done.returncode == 1
     assert done.stderr.strip().endswith("pip install 'userfault[plot]'")
     assert len(done.stderr.splitlines()) == 1
@@ -78,15 +96,15 @@ def test_without_matplotlib_it_says_what_to_install() -> None:
 def test_what_does_not_end_is_stopped(tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text("import time; time.sleep(60)")
-    with pytest.raises(bench.BenchError, match=r"slow\.py did not end within 0.5 s"):
-        bench._run([str(script)], 0.5)
+    with pytest.raises(bench_script.BenchError, match=r"slow\.py did not end within 0.5 s"):
+        bench_script.run([str(script)], 0.5)
 
 
 def test_of_a_failure_the_reason_is_shown(tmp_path: Path) -> None:
     script = tmp_path / "wrong.py"
     script.write_text("raise RuntimeError('no such luck')")
-    with pytest.raises(bench.BenchError, match=r"^RuntimeError: no such luck$"):
-        bench._run([str(script)], 60)
+    with pytest.raises(bench_script.BenchError, match=r"^RuntimeError: no such luck$"):
+        bench_script.run([str(script)], 60)
 
 
 @pytest.mark.usefixtures("needs_uffd")
@@ -110,6 +128,58 @@ def test_a_small_native_run(tmp_path: Path) -> None:
         assert row["pending"] >= (1024 if row["source"] == "crowd" else row["batch"])
     for word in ("ratio to C", "os.read+struct", "pipe"):
         assert word in done.stdout
+
+
+@pytest.mark.usefixtures("needs_uffd")
+def test_a_quick_run_of_serve(tmp_path: Path) -> None:
+    document, picture = tmp_path / "f.json", tmp_path / "f.png"
+    options = ["--quick", "--rounds", "1", "--json", str(document), "--plot", str(picture)]
+    done = run(*options, command="serve")
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    facts = json.loads(document.read_text())
+    assert facts["rounds"] == 1
+    assert facts["quick"]
+    workloads = {"random", "sequential", "ranges", "pending", "fill", "idle"}
+    workloads |= set() if uf.probe().user_mode_only else {"close"}
+    assert {row["workload"] for row in facts["serve"]} == workloads
+    touched = {
+        (row["backing"], row["touchers"], row["contender"])
+        for row in facts["serve"]
+        if row["workload"] == "random"
+    }
+    assert touched == {
+        (backing, touchers, contender)
+        for backing in serve_contenders.BACKINGS
+        for touchers in (1, 4, 16, 64)
+        for contender in serve_contenders.CONTENDERS
+        if touchers == 1 or contender not in (serve_contenders.PINNED, serve_contenders.PAIR)
+    }
+    goals = [figure["met"] for row in facts["serve"] for figure in row["figures"] if figure["goal"]]
+    assert f"{sum(goals)} of {len(goals)} goals are met." in done.stdout
+
+
+def served_rows() -> list[dict[str, Any]]:
+    """What serve.py might find: one goal met, one missed, and a ratio without a goal."""
+    figures = [
+        serve_turns.judged("speed of ours / (b) C", 10.0, (">=", 10)),
+        serve_turns.judged("time of ours / memcpy", 1.2, ("<=", 1.15)),
+        serve_turns.judged("speed of ours / (a) C", 3.0),
+    ]
+    row = {"workload": "random", "backing": "memory", "touchers": 1, "contender": "ours", "unit": "ns/page"}
+    return [row | {"best": 900.0, "median": 1000.0, "figures": figures}]
+
+
+def test_goals_in_words() -> None:
+    assert [serve_turns.in_words(figure) for figure in served_rows()[0]["figures"]] == [
+        "speed of ours / (b) C: 10.00 (goal >= 10: met)",
+        "time of ours / memcpy: 1.20 (goal <= 1.15: MISSED)",
+        "speed of ours / (a) C: 3.00",
+    ]
+    assert bench_serve_report.verdict(served_rows()).splitlines() == [
+        "1 of 2 goals are met.",
+        "Missed: random, memory, 1 touchers: time of ours / memcpy 1.20 (goal <= 1.15)",
+    ]
 
 
 def lab_facts() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import userfault as uf
-from support import Child, only, touching
+from support import Child, only, touching, wait_for
 from userfault._engine import STATS_DTYPE
 
 PAGE = uf.PAGE_SIZE
@@ -21,15 +21,6 @@ PAGE = uf.PAGE_SIZE
 
 def noise(n_bytes: int) -> np.ndarray:
     return np.random.default_rng(n_bytes).integers(1, 256, n_bytes, dtype=np.uint8)
-
-
-def wait_for(service: uf.FaultService, counter: str, value: int) -> np.void:
-    """A fault's thread is awake a moment before the engine has counted it."""
-    deadline = time.monotonic() + 30
-    while int(service.stats()[counter]) < value:
-        assert time.monotonic() < deadline, f"{counter} stays {service.stats()[counter]}"
-        time.sleep(0.001)
-    return service.stats()
 
 
 def in_random_order(region: uf.Region, threads: int) -> None:

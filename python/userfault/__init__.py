@@ -27,7 +27,7 @@ from userfault.errors import (
 from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit
 from userfault.negotiation import Capabilities, probe
 from userfault.region import Region
-from userfault.service import Failure, FaultService
+from userfault.service import Failure, FaultService, Placement
 from userfault.stats import latency_percentile
 from userfault.uffd import Userfaultfd
 
@@ -51,6 +51,7 @@ __all__ = [
     "NotRegisteredError",
     "OverlapError",
     "PageExistsError",
+    "Placement",
     "ProcessGoneError",
     "RangeError",
     "RecordError",

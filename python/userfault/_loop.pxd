@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint64_t
 from userfault._abi cimport msg_record
 from userfault._crew cimport crew_t
 from userfault._fill cimport desk_t, parked_t, worker_t
+from userfault._lease cimport lease_t
 from userfault._served cimport served_t
 
 cdef enum:
@@ -42,6 +43,8 @@ ctypedef struct loop_t:
     int state
     int placement
     bint may_spin          # there is another processor for those who fault
+    lease_t lease
+    int tid                # the thread whose faults the batch at hand holds; 0: several, or unknown
     char *records
     uint64_t *pages
     char *unknowns         # a ring of records, each in the room of a msg_record

@@ -7,11 +7,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 _COLOURS = {"v1": "#0072b2", "v2": "#d55e00", "msg": "#009e73"}
 _BYTES = {"v1": "8 bytes", "v2": "16 bytes", "msg": "32 bytes"}
 _STYLE: Any = {"font.size": 10, "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False}
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "0.2")
 Row = dict[str, Any]
 
 
@@ -120,3 +121,47 @@ def _styles(ax: Axes, *names: str, loc: Any = "best") -> None:
         Line2D([], [], color="0.3", ls=ls, marker=marker, ms=4, label=name) for ls, marker, name in styles
     ]
     ax.legend(handles=handles, frameon=False, loc=loc)
+
+
+def serve_cost(facts: dict[str, Any], path: str) -> None:
+    """Draw what `userfault bench serve` measured: nanoseconds a page, by number of threads."""
+    import matplotlib as mpl
+
+    panels = {
+        ("random", "memory"): "Random pages, from memory",
+        ("random", "file"): "Random pages, from a file",
+        ("pending", "memory"): "Random pages, many threads",
+        ("sequential", "memory"): "In order, from memory",
+        ("sequential", "file"): "In order, from a file",
+    }
+    drawn = [row for row in facts["serve"] if (row["workload"], row["backing"]) in panels]
+    names = list(dict.fromkeys(row["contender"] for row in drawn))
+    colours = dict(zip(names, _PALETTE, strict=False))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 7), dpi=160, layout="constrained")
+        axes = list(figure.subplots(2, 3).flat)
+        for ax, ((workload, backing), title) in zip(axes, panels.items(), strict=False):
+            rows = [row for row in drawn if (row["workload"], row["backing"]) == (workload, backing)]
+            for name in names:
+                mine = [row for row in rows if row["contender"] == name]
+                touchers = [row["touchers"] for row in mine]
+                ax.plot(touchers, [row["median"] for row in mine], "o-", color=colours[name], ms=4)
+            _logarithmic(ax, sorted({row["touchers"] for row in rows}))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.set(title=title, xlabel="touching threads", ylabel="ns a page")
+        _fill(axes[-1], [row for row in facts["serve"] if row["workload"] == "fill"])
+        lines = [Line2D([], [], color=colours[name], marker="o", ms=4, label=name) for name in names]
+        figure.legend(handles=lines, frameon=False, loc="outside lower center", ncols=4)
+        figure.suptitle(
+            f"Linux {facts['kernel']}, {facts['processor']}: the median of {facts['rounds']} rounds",
+            fontsize=11,
+        )
+        figure.savefig(path)
+
+
+def _fill(ax: Axes, rows: list[Row]) -> None:
+    bars = ax.barh([row["contender"] for row in rows], [row["median"] for row in rows], 0.7, color="0.6")
+    ax.bar_label(bars, fmt="{:,.0f}", fontsize=8.5)
+    ax.invert_yaxis()
+    ax.set(title="A whole region", xlabel="ns a page")

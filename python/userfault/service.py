@@ -31,6 +31,7 @@ _HUGE = 2 << 20
 _ADAPTIVE = -1
 _MOST_SHARDS = 64
 _POLL_SECONDS = 0.005
+_RETRY_SECONDS = 0.1
 _STALLED_SECONDS = 10.0
 
 Placement = Literal["spin", "any", "pair"]
@@ -194,7 +195,8 @@ class FaultService:
         """
         served = self._served(region)
         served.take_error()
-        best, since = -1, time.monotonic()
+        served.resync(self._engine_of(region).pagemap, region.start)
+        most, last, errors = -1, time.monotonic(), set()
         self._order(region)
         while wait:
             there = int(np.count_nonzero(served.resident)) * PAGE_SIZE
@@ -202,18 +204,21 @@ class FaultService:
                 progress(there, region.length)
             if there == region.length:
                 return
-            error, now = served.take_error(), time.monotonic()
-            if there > best:
-                best, since = there, now
-            elif error and not served.coming:
-                raise SourceError(
-                    f"{region!r}: {region.length - there} bytes cannot be had: {os.strerror(error)}"
-                )
-            elif now - since > _STALLED_SECONDS:
-                raise UffdError(error, f"{region!r}: no page came for {_STALLED_SECONDS:g} s")
+            errors.add(served.take_error())
+            if there > most:
+                most, last = there, time.monotonic()
+            elif not served.coming:
+                if why := errors - {0, errno.EAGAIN, errno.ENOMEM}:
+                    raise SourceError(
+                        f"{region!r}: {region.length - there} bytes cannot be had: {os.strerror(min(why))}"
+                    )
+                if time.monotonic() - last > _STALLED_SECONDS:
+                    raise UffdError(max(errors), f"{region!r}: no page came for {_STALLED_SECONDS:g} s")
+                if time.monotonic() - last > _RETRY_SECONDS:
+                    self._order(region)
             time.sleep(_POLL_SECONDS)
             if self._served(region) is not served:
-                raise ClosedError("the region is served anew")
+                raise ClosedError(f"{region!r} was given up and is served anew")
 
     def resident(self, region: Region) -> npt.NDArray[np.bool_]:
         """Which pages of the region are there (or have failed closed): one bool a page.

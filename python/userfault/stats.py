@@ -12,7 +12,7 @@ def total(stats: Sequence[Any]) -> np.void:
     """The sum of several `FaultService.stats()`."""
     result: np.void = stats[0].copy()
     for more in stats[1:]:
-        for name in result.dtype.names:
+        for name in result.dtype.names or ():
             if name == "latency":
                 result[name]["count"] += more[name]["count"]
             else:

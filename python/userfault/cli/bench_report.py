@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 Facts = dict[str, Any]
 Row = dict[str, Any]
@@ -16,9 +17,7 @@ Row = dict[str, Any]
 def show(facts: Facts) -> None:
     """Print it for people."""
     console = Console(highlight=False)
-    setting = f"Linux {facts['kernel']}, {facts['processor']}, {facts['processors']} processors, load "
-    setting += f"{facts['load_before']:.1f}; Python {facts['python']}, numpy {facts['numpy']}"
-    console.print(Padding(setting, (1, 1, 0, 1)), style="dim")
+    console.print(setting(facts))
     native = facts["native"]
     if crowd := _only(native, "crowd"):
         console.print(_times("This kernel's userfaultfd: ns a record (best round)", crowd))
@@ -28,63 +27,70 @@ def show(facts: Facts) -> None:
     if lab := facts.get("lab"):
         console.print(_counts(lab))
         console.print(_served(lab))
-        setting = f"Kernel {lab['kernel']}. Between {lab['boots']} boots no read() differs by more than "
-        setting += (
+        spread = f"Kernel {lab['kernel']}. Between {lab['boots']} boots no read() differs by more than "
+        spread += (
             f"{lab['largest_spread_read']:.2%}, no fault by more than {lab['largest_spread_fault']:.2%}."
         )
-        console.print(Padding(setting, (0, 1)), style="dim")
+        console.print(Padding(spread, (0, 1)), style="dim")
     for sentence in (verdict(facts), decoding(facts)):
         if sentence:
             console.print(Padding(sentence, (1, 1, 0, 1)), style="bold")
     console.print()
 
 
+def setting(facts: Facts) -> Padding:
+    """On what it was measured."""
+    text = f"Linux {facts['kernel']}, {facts['processor']}, {facts['processors']} processors, load "
+    text += f"{facts['load_before']:.1f}; Python {facts['python']}, numpy {facts['numpy']}"
+    return Padding(Text(text, "dim"), (1, 1, 0, 1))
+
+
 def _only(rows: list[Row], source: str) -> list[Row]:
     return [row for row in rows if row["source"] == source]
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 1), title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="right")
     return table
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _times(title: str, rows: list[Row]) -> Table:
     names = ("wire", "pending", "a read()", "C loop", "userfault", "os.read+struct", "ratio to C")
-    table = _table(title, *names)
+    table = new_table(title, *names)
     for row in rows:
-        times = [_figure(row[f"{name}_ns"] / row["batch"]) for name in ("c", "ours", "struct")]
+        times = [figure(row[f"{name}_ns"] / row["batch"]) for name in ("c", "ours", "struct")]
         counts = [f"{row['pending']:,}", f"{row['batch']:,}"]
         table.add_row(row["api"], *counts, *times, f"{row['median_ours_to_c']:.2f}")
-    return _with_note(table, "pending, a read(): records; ratio of userfault: the median of each round's own")
+    return with_note(table, "pending, a read(): records; ratio of userfault: the median of each round's own")
 
 
 def _counts(lab: Facts) -> Table:
     title = "The lab: guest instructions a record"
-    table = _table(title, "wire", "pending", "a read()", "kernel", "+ userfault", "+ os.read+struct")
+    table = new_table(title, "wire", "pending", "a read()", "kernel", "+ userfault", "+ os.read+struct")
     for row in lab["read"]:
         counts = [f"{row['pending']:,}", f"{row['batch']:,}"]
         figures = [row["kernel"], row["user"], (row["struct"] - row["c"]) / row["batch"]]
-        table.add_row(row["api"], *counts, *map(_figure, figures))
-    return _with_note(table, "kernel: a C loop over read(2); +: what ours and the rival add to it")
+        table.add_row(row["api"], *counts, *map(figure, figures))
+    return with_note(table, "kernel: a C loop over read(2); +: what ours and the rival add to it")
 
 
 def _served(lab: Facts) -> Table:
     title = "The lab: guest instructions a fault, from touch to touch, served by FaultService"
-    table = _table(title, "wire", "filled by", "threads", "a read()", "instructions")
+    table = new_table(title, "wire", "filled by", "threads", "a read()", "instructions")
     for row in sorted(lab["served"], key=lambda row: (row["source"] != "zero", row["touchers"])):
         filled = {"zero": "UFFDIO_ZEROPAGE", "buffer": "UFFDIO_COPY"}[row["source"]]
         reads = f"{row['records_per_read']:.1f}"
-        table.add_row(row["api"], filled, str(row["touchers"]), reads, _figure(row["fault"]))
-    return _with_note(table, "threads: that touch pages, on the guest's one processor")
+        table.add_row(row["api"], filled, str(row["touchers"]), reads, figure(row["fault"]))
+    return with_note(table, "threads: that touch pages, on the guest's one processor")
 
 
-def _with_note(table: Table, note: str) -> Table:
+def with_note(table: Table, note: str) -> Table:
     table.caption, table.caption_justify = note, "left"
     return table
 

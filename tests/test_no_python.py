@@ -1,0 +1,102 @@
+"""From read to resolve nothing takes the GIL, allocates, or calls Python: read off the compiled code.
+
+A Cython function that is `nogil` can still call Python where it raises, or where an argument is checked.
+So the functions of the engine's threads are disassembled, and what they call by name is looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from types import ModuleType
+
+import pytest
+
+import userfault._crew
+import userfault._errno
+import userfault._fill
+import userfault._ioctl
+import userfault._lease
+import userfault._loop
+import userfault._served
+import userfault._source
+import userfault._tree
+
+MODULES = {
+    userfault._loop: ("run_loop",),
+    userfault._fill: ("fill", "fail", "wake", "park", "count_latency", "is_prompt"),
+    userfault._crew: ("hand", "run"),
+    userfault._served: (
+        "look_ahead",
+        "resync",
+        "first_missing",
+        "missing_end",
+        "is_set",
+        "set_bits",
+        "clear_bits",
+    ),
+    userfault._lease: ("lease_saw", "lease_saw_many", "lease_held", "lease_expire", "lease_end"),
+    userfault._tree: ("enter", "leave", "find", "empty"),
+    userfault._errno: ("decide",),
+    userfault._ioctl: (
+        "uffd_copy",
+        "uffd_move",
+        "uffd_zeropage",
+        "uffd_poison",
+        "uffd_wake",
+        "uffd_writeprotect",
+    ),
+    userfault._source: ("fill_from_file",),
+}
+# What the threads may call of libc: system calls, memory, locks, and numbers as text for /proc. No malloc.
+ALLOWED = {
+    *("read", "write", "ioctl", "ppoll", "pread", "preadv2", "open", "close", "madvise", "mincore"),
+    *("mprotect", "process_vm_readv", "syscall", "getpid", "gettid", "clock_gettime", "sysconf"),
+    *("sched_yield", "sched_getcpu", "sched_getaffinity", "sched_setaffinity", "__sched_cpucount"),
+    *("pthread_mutex_lock", "pthread_mutex_unlock", "pthread_cond_wait", "pthread_cond_signal"),
+    *("memcpy", "memset", "memmove", "strchr", "strrchr", "strtol", "strtoll", "snprintf"),
+    *("__errno_location", "abort"),
+}
+
+FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
+CALL = re.compile(r"\b(?:call|jmp)\s+[0-9a-f]+ <([^>+]+)>")
+
+
+def calls(path: str) -> dict[str, set[str]]:
+    """What each function of a shared library calls by name, or jumps to."""
+    command = ["objdump", "-d", "--no-show-raw-insn", path]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found: dict[str, set[str]] = {}
+    name = ""
+    for line in lines.splitlines():
+        if match := FUNCTION.match(line):
+            name = match[1]
+            found[name] = set()
+        elif name and (match := CALL.search(line)):
+            found[name].add(match[1])
+    return found
+
+
+def reached(graph: dict[str, set[str]], roots: set[str]) -> set[str]:
+    """The functions of other libraries that the roots call, directly or not."""
+    seen, left, foreign = set(roots), list(roots), set()
+    while left:
+        for callee in graph.get(left.pop(), ()):
+            if callee.endswith("@plt"):
+                foreign.add(callee.removesuffix("@plt").removesuffix("64"))
+            elif callee not in seen:
+                seen.add(callee)
+                left.append(callee)
+    return foreign
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, which comes with every compiler")
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.partition("._")[2])
+def test_the_threads_call_no_python(module: ModuleType) -> None:
+    name = module.__name__.rpartition(".")[2]
+    graph = calls(str(module.__file__))
+    pattern = rf"__pyx_f_9userfault_{len(name)}{name}_({'|'.join(MODULES[module])})(\.\w+)*"
+    roots = {function for function in graph if re.fullmatch(pattern, function)}
+    assert len(roots) >= len(MODULES[module]), roots
+    assert reached(graph, roots) <= ALLOWED
