@@ -60,8 +60,9 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
     cdef const timespec *patience
     cdef uint64_t kicks
     cdef int64_t since = 0, last = 0, unparked = 0
-    cdef bint keen = False
+    cdef bint keen = False, alone = False
     cdef ssize_t got
+    cdef int err
     timeout.tv_sec = 0
     fds[0].fd = loop.desk.fd
     fds[1].fd = loop.kick_fd
@@ -71,8 +72,13 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             if swap_int_if(&loop.state, KEEPER, GONE):
                 lease_end(&loop.lease)
                 return 0
-        # Reading first saves the poll whenever faults keep coming.
-        got = c_read(loop.desk.fd, loop.records, CAPACITY * record)
+        # Reading first saves the poll whenever faults keep coming. Not so where the one thread that
+        # faults shares our processor, and has not run yet.
+        got = -1
+        err = EAGAIN
+        if not alone:
+            got = c_read(loop.desk.fd, loop.records, CAPACITY * record)
+            err = errno
         if got > 0:
             since = now()
             # Worth waiting for the next, awake?
@@ -81,21 +87,22 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             loop.worker.counters.reads += 1
             serve(loop, decode(loop, got // record), since)
             pair(loop, since)
+            alone = loop.lease.held and got == <ssize_t>record
             # All that is not urgent gets its turn even while faults never stop coming.
             if since - unparked > RETRY_NS:
                 unparked = since
                 unpark(loop)
+                take_orders(loop)
                 advance(loop, False)
             advance(loop, True)
             continue
-        if got < 0 and errno == EINTR:
+        alone = False
+        if got < 0 and err == EINTR:
             continue
-        if got == 0 or errno != EAGAIN:
-            got = -errno if got < 0 else -ENODATA
+        if got == 0 or err != EAGAIN:
             lease_end(&loop.lease)
-            return got
-        if load_int(&loop.n_orders):
-            take_orders(loop)
+            return -err if got < 0 else -ENODATA
+        take_orders(loop)
         if advance(loop, False):
             continue
         if keen and loop.may_spin and load_int(&loop.placement) == SPIN and now() - last < SPIN_NS:
@@ -111,7 +118,9 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
                                else 10 * LEASE_NS)
             patience = &timeout
         if ppoll(fds, 2, patience, NULL) < 0 and errno != EINTR:
-            return -errno
+            err = errno
+            lease_end(&loop.lease)
+            return -err
         if fds[1].revents:
             c_read(fds[1].fd, &kicks, sizeof(kicks))
             fds[1].revents = 0
@@ -375,6 +384,8 @@ cdef void unpark(loop_t *loop) noexcept nogil:
     """Serve everything parked; what must wait longer is parked anew."""
     cdef size_t n, i
     cdef int64_t since
+    if loop.desk.n_parked == 0:
+        return
     pthread_mutex_lock(&loop.desk.lock)
     n = loop.desk.n_parked
     memcpy(loop.parked, loop.desk.parked, n * sizeof(parked_t))
@@ -423,11 +434,8 @@ cdef void set_goal(loop_t *loop, int64_t id, uint64_t next, uint64_t end, bint b
 cdef void take_orders(loop_t *loop) noexcept nogil:
     """What materialize() asked for."""
     cdef goal_t order
-    while loop.n_goals < GOALS:
+    while load_int(&loop.n_orders) and loop.n_goals < GOALS:
         pthread_mutex_lock(&loop.desk.lock)
-        if loop.n_orders == 0:
-            pthread_mutex_unlock(&loop.desk.lock)
-            return
         loop.n_orders -= 1
         order = loop.orders[loop.n_orders]
         pthread_mutex_unlock(&loop.desk.lock)

@@ -102,14 +102,15 @@ cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcep
         if stream.next <= first and (
                 first <= stream.end
                 or (first - stream.end <= GAP and scan(served, stream.end, first, True) == first)):
-            ahead = max(<uint64_t>LEAST_AHEAD, min(end - stream.first, <uint64_t>MOST_AHEAD))
+            stream.length += min(first, stream.end) - stream.next + end - first
+            ahead = max(<uint64_t>LEAST_AHEAD, min(stream.length, <uint64_t>MOST_AHEAD))
             stream.next = end
             stream.end = min(max(stream.end, end + ahead), served.n_pages)
             stream.used = served.tick
             return max(stream.end, end)
         if stream.used < oldest.used:
             oldest = stream
-    oldest.first = first
+    oldest.length = end - first
     oldest.next = oldest.end = end
     oldest.used = served.tick
     return end

@@ -1,18 +1,38 @@
-"""Page sources that fill without the GIL: `Zero`, `Buffer`, `File`."""
+"""Page sources that fill without the GIL: `Zero`, `Constant`, `Pattern`, `Buffer`, `File`."""
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.errno cimport EINTR, ENODATA, errno
-from libc.stdint cimport UINT64_MAX, uint64_t, uintptr_t
+from libc.errno cimport EAGAIN, EINTR, ENODATA, EOPNOTSUPP, errno
+from libc.stdint cimport UINT64_MAX, uint8_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
 
 import os
 import stat
 import weakref
 from operator import index
 
-from userfault._abi cimport c_close, pread
+import numpy as np
+
+from userfault._abi cimport c_close, load_int, pread, store_int
 
 from userfault.errors import SourceError
-from userfault.procmaps import registered
+from userfault.procmaps import _WATCHED, vmas
+
+cdef extern from "<endian.h>" nogil:
+    uint64_t htole64(uint64_t)
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t preadv2(int fd, const iovec *parts, int n_parts, long offset, int flags)
+    int RWF_NOWAIT
+
+cdef extern from *:
+    """
+    #define UF_STEP 0x9E3779B97F4A7C15
+    #define UF_MIXER 0xD6E8FEB86659FD93 /* odd: no two words mix to the same */
+    """
+    const uint64_t STEP "UF_STEP", MIXER "UF_MIXER"
 
 _live_buffers = weakref.WeakSet()
 
@@ -22,7 +42,7 @@ cdef class Source:
 
     @property
     def nbytes(self):
-        """Bytes the source has."""
+        """Bytes the source has; 2**64 - 1 when it has no end."""
         return self.c.size
 
 
@@ -32,6 +52,68 @@ cdef class Zero(Source):
     def __cinit__(self):
         self.c.zero = True
         self.c.size = UINT64_MAX
+
+
+cdef int fill_with_constant(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil:
+    memset(dst, (<const uint8_t *>ctx)[0], length)
+    return 0
+
+
+cdef class Constant(Source):
+    """One byte, 0 to 255, over and over, without end. Raises SourceError for any other value."""
+
+    cdef uint8_t value
+
+    def __init__(self, value):
+        value = index(value)
+        if self.c.fill != NULL:
+            raise SourceError("a Constant takes its value once")
+        if not 0 <= value <= 255:
+            raise SourceError(f"a byte is 0 to 255, not {value}")
+        self.value = value
+        self.c.size = UINT64_MAX
+        self.c.fill = self.c.prompt = fill_with_constant
+        self.c.ctx = &self.value
+
+
+cdef int fill_with_pattern(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil:
+    cdef uint64_t *words = <uint64_t *>dst
+    cdef uint64_t product = ((<const uint64_t *>ctx)[0] + offset) * MIXER, last
+    cdef size_t i
+    for i in range(length // 8):
+        words[i] = htole64(product ^ product >> 32)
+        product += 8 * MIXER
+    last = htole64(product ^ product >> 32)
+    memcpy(words + length // 8, &last, length % 8)
+    return 0
+
+
+cdef class Pattern(Source):
+    """Bytes that tell where they come from, for tests; without end.
+
+    No two of its 8-byte words are the same, so that a page from a wrong offset shows; another seed, any
+    integer, gives others. The little-endian word at byte offset o, a multiple of 8, is x ^ x >> 32 of
+    x = (o + (seed + 1) * 0x9E3779B97F4A7C15) * 0xD6E8FEB86659FD93, all modulo 2**64. `expected` tells the
+    bytes.
+    """
+
+    cdef uint64_t base
+
+    def __init__(self, seed=0):
+        base = (index(seed) + 1) * STEP % 2**64
+        if self.c.fill != NULL:
+            raise SourceError("a Pattern takes its seed once")
+        self.base = base
+        self.c.size = UINT64_MAX
+        self.c.fill = self.c.prompt = fill_with_pattern
+        self.c.ctx = &self.base
+
+    def expected(self, offset, length):
+        """What [offset, offset + length) of it reads, in bytes: array of uint8, as numpy computes it."""
+        words = np.arange(offset // 8, -(-(offset + length) // 8), dtype=np.uint64) * np.uint64(8)
+        words = (words + np.uint64(self.base)) * np.uint64(MIXER)
+        words ^= words >> np.uint64(32)
+        return words.astype("<u8").view(np.uint8)[offset % 8:][:length]
 
 
 cdef class Buffer(Source):
@@ -54,10 +136,15 @@ cdef class Buffer(Source):
         except (BufferError, ValueError) as error:
             raise SourceError(f"{error}: pass contiguous memory, e.g. numpy.ascontiguousarray(…)") from None
         self.held = True
-        cdef uint64_t start = <uintptr_t>self.view.buf
-        if registered(start, start + self.view.len):
-            raise SourceError(f"the buffer at [{start:#x}, +{self.view.len:#x}) is itself registered with a "
-                              "userfaultfd: filling from it could wait for its own engine; copy it first")
+        cdef uint64_t start = <uintptr_t>self.view.buf, end = start + self.view.len, reached = start
+        for vma in vmas(start, end):
+            if vma.flags & _WATCHED:
+                raise SourceError(f"the buffer at [{start:#x}, +{self.view.len:#x}) is itself registered "
+                                  "with a userfaultfd: filling from it could wait for its own engine; copy "
+                                  "it first")
+            if is_solid(vma) and vma.start <= reached:
+                reached = vma.end
+        self.c.solid = reached >= end
         self.c.direct = <const char *>self.view.buf
         self.c.size = self.view.len
         _live_buffers.add(self)
@@ -72,17 +159,24 @@ cdef class Buffer(Source):
         return mine < end and start < mine + <uint64_t>self.view.len
 
 
+cdef bint is_solid(vma):
+    """Readable private memory with no file under it. "[anon:…" are mappings named by prctl(2)."""
+    return (vma.permissions[0] == "r" and vma.permissions[3] == "p"
+            and (vma.name in ("", "[heap]", "[stack]") or vma.name.startswith("[anon:")))
+
+
 def refuse_live_buffers(uint64_t start, uint64_t end):
-    """Raise SourceError when [start, end) holds bytes of a Buffer that may be serving."""
+    """Raise SourceError when [start, end) holds memory that a source which may be serving reads."""
     for buffer in list(_live_buffers):
         if buffer.overlaps(start, end):
-            raise SourceError(f"[{start:#x}, {end:#x}) holds the memory of a Buffer source: registering it "
-                              "would make the engine wait for itself")
+            raise SourceError(f"[{start:#x}, {end:#x}) holds the memory of a Buffer source, or the ctx of a "
+                              "Native: registering it would make the engine wait for itself")
 
 
 cdef struct file_t:
     int fd
     uint64_t offset
+    int slow  # its file system cannot say what would have to wait
 
 
 cdef int fill_from_file(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil:
@@ -100,6 +194,24 @@ cdef int fill_from_file(void *ctx, uint64_t offset, void *dst, size_t length) no
         offset += got
         length -= got
     return 0
+
+
+cdef int fill_from_cache(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil:
+    cdef file_t *file = <file_t *>ctx
+    cdef iovec part
+    cdef ssize_t got
+    if load_int(&file.slow):
+        return -EAGAIN
+    part.iov_base = dst
+    part.iov_len = length
+    got = preadv2(file.fd, &part, 1, <long>(file.offset + offset), RWF_NOWAIT)
+    if got == <ssize_t>length:
+        return 0
+    if got < 0 and errno == EOPNOTSUPP:
+        store_int(&file.slow, True)
+    # Not all of it is cached. An error or the file's end is for fill() to find: Linux 5.9 answers 0, as at
+    # the end, where it would have to wait.
+    return -EAGAIN
 
 
 cdef class File(Source):
@@ -128,6 +240,7 @@ cdef class File(Source):
         self.file.offset = offset
         self.c.size = status.st_size - offset
         self.c.fill = fill_from_file
+        self.c.prompt = fill_from_cache
         self.c.ctx = &self.file
 
     def __dealloc__(self):

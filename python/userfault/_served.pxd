@@ -9,7 +9,7 @@ cdef enum:
 
 # A run of faults that come one after the other, in pages of the region.
 ctypedef struct stream_t:
-    uint64_t first   # where it began
+    uint64_t length  # how far it has come, without what it found filled by others
     uint64_t next    # one past its last fault
     uint64_t end     # one past what was asked for ahead of it
     uint64_t used    # the region's tick of its last fault

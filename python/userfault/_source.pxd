@@ -1,15 +1,18 @@
 from libc.stdint cimport uint64_t
 
-# 0, or -errno. Runs on the engine's thread without the GIL; must not touch missing memory.
+# 0, or -errno; anything above 0 is a short fill (an error). Runs on an engine's thread without the GIL,
+# possibly several at once; must not touch missing memory.
 ctypedef int (*fill_t)(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil
 
 ctypedef struct source_t:
     uint64_t size        # bytes it has; the rest of its last page is zeros, past that it has nothing
     bint zero            # all of it is zeros: ZEROPAGE instead of COPY
     const char *direct   # all of it lies in memory here: COPY straight from it; or NULL, and
-    bint solid           # that memory is private and anonymous: no file under it can become shorter
+    # That memory is private and anonymous: no file under it can become shorter (memcpy is safe), and it
+    # never waits for a disk, unless it was swapped out.
+    bint solid
     fill_t fill          # fill() with
-    fill_t prompt        # as fill(), but answers -EAGAIN where it would have to wait; NULL: always waits
+    fill_t prompt        # as fill(), but -EAGAIN where it would have to wait; NULL: it may always wait
     void *ctx
 
 

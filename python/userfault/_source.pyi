@@ -1,5 +1,6 @@
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 import numpy.typing as npt
 from _typeshed import StrOrBytesPath
 from typing_extensions import Buffer as SupportsBuffer
@@ -9,6 +10,13 @@ class Source:
     def nbytes(self) -> int: ...
 
 class Zero(Source): ...
+
+class Constant(Source):
+    def __init__(self, value: SupportsIndex) -> None: ...
+
+class Pattern(Source):
+    def __init__(self, seed: SupportsIndex = 0) -> None: ...
+    def expected(self, offset: int, length: int) -> npt.NDArray[np.uint8]: ...
 
 class Buffer(Source):
     def __init__(self, data: SupportsBuffer | npt.NDArray[Any]) -> None: ...

@@ -1,5 +1,6 @@
 """Page sources that fill without the GIL, for `FaultService.serve`."""
 
-from userfault._source import Buffer, File, Source, Zero
+from userfault._native import Native
+from userfault._source import Buffer, Constant, File, Pattern, Source, Zero
 
-__all__ = ["Buffer", "File", "Source", "Zero"]
+__all__ = ["Buffer", "Constant", "File", "Native", "Pattern", "Source", "Zero"]
