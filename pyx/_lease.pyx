@@ -140,12 +140,10 @@ cdef bint take(lease_t *lease) noexcept nogil:
     lease.tick = t.tv_sec * hz + t.tv_nsec // (1000000000 // hz)
     memset(&one, 0, size)
     CPU_SET(lease.cpu, &one)
-    if sched_setaffinity(0, size, &one):
-        return False
     # Who has one CPU only needs no lease of it, and has no heirs.
     if CPU_COUNT(&lease.saved) > 1 and sched_setaffinity(lease.tid, size, &one):
-        sched_setaffinity(0, size, &lease.own)
         return False
+    sched_setaffinity(0, size, &one)  # look() ends the lease should it fail
     return True
 
 

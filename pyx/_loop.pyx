@@ -62,7 +62,7 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
     cdef int64_t since = 0, last = 0, unparked = 0
     cdef bint keen = False, alone = False
     cdef ssize_t got
-    cdef int err
+    cdef int err, ready
     timeout.tv_sec = 0
     fds[0].fd = loop.desk.fd
     fds[1].fd = loop.kick_fd
@@ -110,17 +110,19 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             sched_yield()
             continue
         keen = False
-        pair(loop, 0)
         patience = NULL
         if loop.desk.n_parked or lease_held(&loop.lease):
             # What is left of a lease that has ended is one more look at who inherited it, much later.
             timeout.tv_nsec = (RETRY_NS if loop.desk.n_parked else LEASE_NS if loop.lease.held
                                else 10 * LEASE_NS)
             patience = &timeout
-        if ppoll(fds, 2, patience, NULL) < 0 and errno != EINTR:
+        ready = ppoll(fds, 2, patience, NULL)
+        if ready < 0 and errno != EINTR:
             err = errno
             lease_end(&loop.lease)
             return -err
+        if ready == 0 or fds[1].revents:
+            pair(loop, 0)
         if fds[1].revents:
             c_read(fds[1].fd, &kicks, sizeof(kicks))
             fds[1].revents = 0

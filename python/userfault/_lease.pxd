@@ -21,6 +21,8 @@ ctypedef struct lease_t:
     cpu_set_t own     # the engine thread's
 
 # All of them on the engine thread, which is the calling thread. Times are CLOCK_MONOTONIC's nanoseconds.
+# lease_saw best before the fault is resolved: to move a thread that sleeps costs nothing. lease_expire when
+# nothing is pending, with the time of now: a toucher that waits for the engine is not quiet.
 cdef void lease_saw(lease_t *lease, int tid, int64_t now) noexcept nogil
 cdef void lease_saw_many(lease_t *lease, int64_t now) noexcept nogil
 cdef bint lease_held(const lease_t *lease) noexcept nogil
