@@ -31,8 +31,8 @@ cdef extern from "<dlfcn.h>" nogil:
     int RTLD_LAZY, RTLD_NOLOAD
 
 cdef str EXPECTED = "int (void *ctx, uint64_t offset, void *dst, size_t length)"
-cdef str WHY = ("Python needs the GIL, which the thread that touches the page may hold: it would wait for "
-                "ever. Compile the function: C by ctypes or cffi, numba.cfunc, or Cython")
+cdef str WHY = ("Python needs the GIL, which the thread that waits for the page may hold: both would wait "
+                "for ever. Compile the function: C by ctypes or cffi, numba.cfunc, or Cython")
 
 # The integers of a signature, by all the names that they have in C, ctypes, cffi, numba and Cython.
 cdef dict KINDS = dict.fromkeys(("int", "signed int", "int32_t", "int32"), "int")
@@ -42,8 +42,9 @@ KINDS |= dict.fromkeys(("unsigned long", "ulong"), f"u{sizeof(unsigned long)}")
 KINDS |= dict.fromkeys(("size_t", "uintptr_t"), f"u{sizeof(size_t)}")
 cdef list EXPECTED_KINDS = ["int", "pointer", "u8", "pointer", KINDS["size_t"]]
 
-POINTERS = (ctypes._Pointer, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_wchar_p)
-FUNCFLAG_PYTHONAPI = 4  # of a ctypes function that is called with the GIL
+cdef tuple POINTERS = (ctypes._Pointer, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_wchar_p)
+cdef enum:
+    FUNCFLAG_PYTHONAPI = 4  # of a ctypes function that is called with the GIL
 
 
 cdef class Native(Source):
@@ -77,8 +78,8 @@ cdef class Native(Source):
         if signature is not None and kinds(signature) != EXPECTED_KINDS:
             raise SourceError(f"the function is {signature!r}; a page source's is {EXPECTED!r}")
         if function and not any("x" in vma.permissions for vma in vmas(function, function + 1)):
-            raise SourceError(f"no code at {function:#x}: the library it was in may be unloaded, as cffi does "
-                              "when nothing holds what ffi.dlopen returned")
+            raise SourceError(f"no code at {function:#x}: its library may be unloaded, as cffi does when "
+                              "nothing holds what ffi.dlopen returned")
         pointer, memory = pointed_at(ctx)
         size = UINT64_MAX if nbytes is None else index(nbytes)
         if not 0 <= size <= UINT64_MAX:
@@ -144,10 +145,8 @@ cdef tuple of_ctypes(fn):
     cdef list arguments = ["void *", "uint64_t", "void *", "size_t"]
     if fn._flags_ & FUNCFLAG_PYTHONAPI:
         raise SourceError(f"{fn!r} is of a ctypes.PyDLL, whose functions need the GIL: use ctypes.CDLL")
-    # A callback holds its thunk; what it was cast to holds that, or it.
-    held = list((fn._objects or {}).values())
-    held += [deeper for one in held for deeper in (getattr(one, "_objects", None) or {}).values()]
-    if any(type(one).__name__ == "CThunkObject" for one in held):
+    # A callback holds its thunk, and so does what it is cast to.
+    if any(type(held).__name__ == "CThunkObject" for held in (fn._objects or {}).values()):
         raise SourceError(f"{fn!r} is a ctypes callback of a Python function: {WHY}")
     if fn.argtypes is not None:
         arguments = [ctypes_name(kind) for kind in fn.argtypes]

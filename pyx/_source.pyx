@@ -15,7 +15,7 @@ import numpy as np
 from userfault._abi cimport c_close, load_int, pread, store_int
 
 from userfault.errors import SourceError
-from userfault.procmaps import _WATCHED, vmas
+from userfault.procmaps import WATCHED, vmas
 
 cdef extern from "<endian.h>" nogil:
     uint64_t htole64(uint64_t)
@@ -138,7 +138,7 @@ cdef class Buffer(Source):
         self.held = True
         cdef uint64_t start = <uintptr_t>self.view.buf, end = start + self.view.len, reached = start
         for vma in vmas(start, end):
-            if vma.flags & _WATCHED:
+            if vma.flags & WATCHED:
                 raise SourceError(f"the buffer at [{start:#x}, +{self.view.len:#x}) is itself registered "
                                   "with a userfaultfd: filling from it could wait for its own engine; copy "
                                   "it first")

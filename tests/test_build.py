@@ -96,7 +96,11 @@ def test_what_the_distributions_carry(distributions: tuple[set[str], set[str]]) 
         assert any(name.startswith(f"userfault/{module}.") and name.endswith(".so") for name in wheel)
     for name in ("setup.py", "pyproject.toml", "pyx/_search.h", "LICENSE", "README.md", "tests/conftest.py"):
         assert name in sdist
-    assert not [name for name in sdist if name.endswith((".so", ".c")) and not name.startswith("bench/")]
+    assert not [
+        name
+        for name in sdist
+        if name.endswith((".so", ".c")) and not name.startswith(("bench/", "tests/native/"))
+    ]
     assert not [name for name in wheel if name.endswith((".pyx", ".c", ".h"))]
 
 

@@ -47,11 +47,16 @@ MODULES = {
         "uffd_wake",
         "uffd_writeprotect",
     ),
-    userfault._source: ("fill_from_file",),
+    userfault._source: (
+        "fill_from_file",
+        "fill_from_cache",
+        "fill_with_constant",
+        "fill_with_pattern",
+    ),
 }
 # What the threads may call of libc: system calls, memory, locks, and numbers as text for /proc. No malloc.
 ALLOWED = {
-    *("read", "write", "ioctl", "ppoll", "pread", "preadv2", "open", "close", "madvise", "mincore"),
+    *("read", "write", "ioctl", "ppoll", "pread", "preadv64v2", "open", "close", "madvise", "mincore"),
     *("mprotect", "process_vm_readv", "syscall", "getpid", "gettid", "clock_gettime", "sysconf"),
     *("sched_yield", "sched_getcpu", "sched_getaffinity", "sched_setaffinity", "__sched_cpucount"),
     *("pthread_mutex_lock", "pthread_mutex_unlock", "pthread_cond_wait", "pthread_cond_signal"),

@@ -12,7 +12,7 @@ from userfault._consts import PAGE_SIZE
 
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ *(.*)")
 _CHUNK = 1 << 20  # pages
-_WATCHED = {"um", "uw", "ui"}  # registered for missing pages, write protection, minor faults
+WATCHED = {"um", "uw", "ui"}  # registered for missing pages, write protection, minor faults
 
 
 class Vma(NamedTuple):
@@ -39,7 +39,7 @@ def vmas(start: int, end: int) -> Iterator[Vma]:
 
 def registered(start: int, end: int) -> bool:
     """Whether any of [start, end) is registered with a userfaultfd, ours or another library's."""
-    return any(vma.flags & _WATCHED for vma in vmas(start, end))
+    return any(vma.flags & WATCHED for vma in vmas(start, end))
 
 
 def first_present(start: int, length: int) -> int | None:
