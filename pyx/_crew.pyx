@@ -62,8 +62,9 @@ cdef int new_crew(crew_t *crew, desk_t *desk, int kick_fd) noexcept nogil:
     """A crew of nobody, in zeroed memory. 0 or -errno."""
     crew.desk = desk
     crew.kick_fd = kick_fd
-    crew.jobs = <job_t *>calloc(JOBS, sizeof(job_t))
-    if crew.jobs == NULL:
+    crew.queues[URGENT].jobs = <job_t *>calloc(JOBS, sizeof(job_t))
+    crew.queues[AHEAD].jobs = <job_t *>calloc(JOBS, sizeof(job_t))
+    if crew.queues[URGENT].jobs == NULL or crew.queues[AHEAD].jobs == NULL:
         return -ENOMEM
     return -pthread_cond_init(&crew.work, NULL)
 
@@ -73,7 +74,8 @@ cdef void free_crew(crew_t *crew) noexcept nogil:
     cdef int i
     for i in range(crew.n_workers):
         free(crew.workers[i])
-    free(crew.jobs)
+    free(crew.queues[URGENT].jobs)
+    free(crew.queues[AHEAD].jobs)
 
 
 cdef int hire(crew_t *crew) noexcept nogil:
@@ -104,19 +106,23 @@ cdef void dismiss(crew_t *crew) noexcept nogil:
     pthread_mutex_unlock(&crew.desk.lock)
     for i in range(crew.n_workers):
         pthread_join(crew.threads[i], NULL)
+    for i in range(crew.n_workers):
         free_stage(crew.workers[i])
 
 
 cdef bint hand(crew_t *crew, served_t *served, const job_t *job, uint64_t first, uint64_t end) noexcept nogil:
     """Ask for the pages [first, end) of the region, of which none is coming. False: there is no room."""
+    cdef queue_t *queue = &crew.queues[URGENT if job.want < job.want_end else AHEAD]
+    cdef job_t *place
     cdef bint room
     pthread_mutex_lock(&crew.desk.lock)
-    room = crew.given - crew.taken < JOBS
+    room = queue.given - queue.taken < JOBS
     if room:
-        crew.jobs[crew.given % JOBS] = job[0]
-        crew.jobs[crew.given % JOBS].skipped = load_u64(&served.skipped)
+        place = &queue.jobs[queue.given % JOBS]
+        place[0] = job[0]
+        place.skipped = load_u64(&served.skipped)
         set_bits(served.coming, first, end)
-        crew.given += 1
+        queue.given += 1
         if crew.idle:
             pthread_cond_signal(&crew.work)
     pthread_mutex_unlock(&crew.desk.lock)
@@ -126,6 +132,7 @@ cdef bint hand(crew_t *crew, served_t *served, const job_t *job, uint64_t first,
 cdef void *run(void *argument) noexcept nogil:
     """A worker's whole life."""
     cdef crew_t *crew = <crew_t *>argument
+    cdef queue_t *queue
     cdef worker_t *worker
     cdef job_t job
     cdef uint64_t one = 1
@@ -133,14 +140,18 @@ cdef void *run(void *argument) noexcept nogil:
     worker = crew.workers[crew.started]
     crew.started += 1
     while True:
-        while crew.given == crew.taken and not crew.ending:
+        queue = &crew.queues[URGENT]
+        if queue.given == queue.taken:
+            queue = &crew.queues[AHEAD]
+        if queue.given == queue.taken:
+            if crew.ending:
+                break
             crew.idle += 1
             pthread_cond_wait(&crew.work, &crew.desk.lock)
             crew.idle -= 1
-        if crew.given == crew.taken:
-            break
-        job = crew.jobs[crew.taken % JOBS]
-        crew.taken += 1
+            continue
+        job = queue.jobs[queue.taken % JOBS]
+        queue.taken += 1
         pthread_mutex_unlock(&crew.desk.lock)
         do(worker, &job)
         if swap_int_if(&crew.waited_for, 1, 0):
@@ -154,11 +165,16 @@ cdef void do(worker_t *worker, const job_t *job) noexcept nogil:
     cdef entry_t entry
     cdef served_t *served = NULL
     cdef uint64_t first, end, last
+    cdef uint64_t address = job.start
     cdef int ticket = enter(worker.desk.tree)
-    if find(worker.desk.tree, job.start, &entry) and entry.id == job.id and entry.payload != NULL:
-        served = <served_t *>entry.payload
-        # From here on whoever detaches the region waits for us, and no longer than for us.
-        add_int(&served.users, 1)
+    # Parts of the region may have been given up since; the first that was not begins at `address`.
+    while address < job.end and served == NULL:
+        if find(worker.desk.tree, address, &entry) and entry.id == job.id and entry.payload != NULL:
+            served = <served_t *>entry.payload
+            # From here on whoever detaches the region waits for us, and no longer than for us.
+            add_int(&served.users, 1)
+        else:
+            address += PAGE_SIZE
     leave(worker.desk.tree, ticket)
     if served == NULL:
         # Closed, or given up. Whoever waits there asks again, and is told so.
@@ -168,10 +184,10 @@ cdef void do(worker_t *worker, const job_t *job) noexcept nogil:
     first = (job.start - entry.base) // PAGE_SIZE
     end = (job.end - entry.base) // PAGE_SIZE
     last = (min(job.end, entry.end) - entry.base) // PAGE_SIZE
-    fill(worker, &entry, served, first, last, (job.want - entry.base) // PAGE_SIZE,
-         (job.want_end - entry.base) // PAGE_SIZE, 0, True)
+    fill(worker, &entry, served, (address - entry.base) // PAGE_SIZE, last,
+         (job.want - entry.base) // PAGE_SIZE, (job.want_end - entry.base) // PAGE_SIZE, 0, True)
     clear_bits(served.coming, first, end)
-    if last < end or load_u64(&served.skipped) != job.skipped:
+    if address > job.start or last < end or load_u64(&served.skipped) != job.skipped:
         wake(worker, job.start, job.end)
     if job.n_faults:
         count_latency(worker, served, job.n_faults, now() - job.since)

@@ -214,28 +214,35 @@ cdef class Engine:
 
     def detach(self, int64_t region, uint64_t start, uint64_t length):
         """Let go of one region's source; when it returns, the engine uses it no more."""
-        if region in self.keep:
+        served = self.keep.get(region)
+        if served is not None:
             set_payload(&self.table.tree, start, start + length, region, NULL)
             self.table.quiesce()
-            wait_for_workers(self.keep[region])
+            wait_for_workers(served)
             self.keep.pop(region, None)
 
     def detach_all(self):
-        """Let go of every source; when it returns, the engine uses none of them."""
+        """Take no new ones, and let go of every source; when it returns, the engine uses none of them."""
         cdef uint64_t start, length
-        served = list(self.keep)
+        swap_int_if(&self.loop.state, SERVING, KEEPER)
+        kept = list(self.keep.items())
         for start, length, region, _ in self.table.ranges().tolist():
             if region in self.keep:
                 set_payload(&self.table.tree, start, start + length, region, NULL)
         self.table.quiesce()
-        for region in served:
-            wait_for_workers(self.keep[region])
+        for region, served in kept:
+            wait_for_workers(served)
             self.keep.pop(region, None)
 
     def order(self, uint64_t start, uint64_t length, int64_t region):
-        """Have [start, start + length) of the region filled; False: too many orders wait already."""
+        """Have [start, start + length) of the region filled; False: too many orders wait already.
+
+        Raises ClosedError when the engine serves no more.
+        """
         cdef goal_t *order
         cdef bint room
+        if load_int(&self.loop.state) != SERVING:
+            raise ClosedError("the service is closed")
         pthread_mutex_lock(&self.loop.desk.lock)
         room = self.loop.n_orders < GOALS
         if room:

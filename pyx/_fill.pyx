@@ -5,7 +5,7 @@ already is filled into it and copied from there; a whole huge page is moved from
 instead, which costs no copy and leaves the region mapped huge.
 """
 
-from libc.errno cimport EAGAIN, EBUSY, EFAULT, EINVAL, ENODATA, errno
+from libc.errno cimport EAGAIN, EBUSY, EFAULT, EINVAL, EIO, ENODATA, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport abort
 from libc.string cimport memcpy, memset
@@ -46,6 +46,7 @@ cdef extern from *:
     const char LAST_WORDS "uf_last_words"[]
     int __builtin_clzll(unsigned long long) nogil
 
+DEF MOST_ERRNO = 4096
 DEF SMALL_NS = 100000000      # huge pages were not to be had: so long until the next try
 
 
@@ -141,7 +142,9 @@ cdef int bring(worker_t *worker, const source_t *source, uint64_t offset, uint64
         memcpy(worker.stage, source.direct + offset, length)
         return 0
     result = (source.fill if may_wait else source.prompt)(source.ctx, offset, worker.stage, length)
-    return -ENODATA if result > 0 else result
+    if result > 0:
+        return -ENODATA  # a short fill
+    return result if result > -MOST_ERRNO else -EIO
 
 
 # -- filling -------------------------------------------------------------------------------------------
@@ -195,9 +198,8 @@ cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uin
             lose(worker, entry, served, first, first + 1, want, want_end, -result)
         else:
             # One bad page does not spoil its neighbours.
-            store_u64(&served.ahead_error, -result)
-            for page in range(max(first, want), min(first + n, want_end)):
-                if fill(worker, entry, served, page, page + 1, page, page + 1, mode, may_wait) != page + 1:
+            for page in range(first, first + n):
+                if fill(worker, entry, served, page, page + 1, want, want_end, mode, may_wait) == page:
                     return page
         first += n
     return end
@@ -277,7 +279,7 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         address = entry.base + first * PAGE_SIZE
         wanted = want <= first < want_end
         if decision == PARK:
-            store_u64(&served.ahead_error, -result)
+            store_u64(&served.kernel_error, -result)
             for page in range(max(first, want), min(end, want_end)):
                 park(worker, served, entry.base + page * PAGE_SIZE)
             return
@@ -295,7 +297,7 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         elif wanted:
             fail(worker, entry, served, address, -result, RESOLVE)
         else:
-            store_u64(&served.ahead_error, -result)
+            store_u64(&served.kernel_error, -result)
         first += 1
 
 
@@ -329,7 +331,7 @@ cdef void lose(worker_t *worker, const entry_t *entry, served_t *served, uint64_
     """The source does not have the pages [first, end): those that somebody waits for fail closed."""
     cdef uint64_t page
     if first < want or end > want_end:
-        store_u64(&served.ahead_error, error)
+        store_u64(&served.source_error, error)
     for page in range(max(first, want), min(end, want_end)):
         fail(worker, entry, served, entry.base + page * PAGE_SIZE, error, SOURCE)
 

@@ -13,7 +13,7 @@ from userfault._abi cimport (
     UFFDIO_MODE_DONTWAKE, add_u64, c_read, count, load_int, load_u64, msg_record, now, pollfd, ppoll,
     store_int, swap_int_if, timespec,
 )
-from userfault._crew cimport crew_t, hand, job_t
+from userfault._crew cimport AHEAD, URGENT, crew_t, hand, job_t, queue_t
 from userfault._fill cimport (
     NO_SOURCE, count_latency, fail, fill, is_prompt, parked_t, park, pthread_mutex_lock,
     pthread_mutex_unlock, wake,
@@ -221,28 +221,29 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
     cdef uint64_t low = (entry.start - entry.base) // PAGE_SIZE
     cdef uint64_t high = min((entry.end - entry.base) // PAGE_SIZE, served.n_pages)
     cdef uint64_t page = (pages[0] - entry.base) // PAGE_SIZE
-    cdef uint64_t want = page, want_end = page, first, end, stop, ahead, parked, n_faults = 0
+    cdef uint64_t want = page, want_end = page, first, start, end, stop, ahead, parked, n_faults = 0
     cdef size_t i = 0
-    cdef bint handed = False, filled = False
+    cdef bint handed = False, there
     if is_set(served.coming, page) and left_to_worker(loop, served, page):
         # The reader has caught up with what is read ahead of it.
         ahead = look_ahead(served, page, page + 1)
         set_goal(loop, served.id, entry.base + page * PAGE_SIZE, entry.base + ahead * PAGE_SIZE, False)
         return 1
-    first = end = max(low, page - page % served.unit)
+    first = end = max(low, chunk_start(served, page))
     while i < n and pages[i] < entry.end:
         page = (pages[i] - entry.base) // PAGE_SIZE
         if page + 1 == want_end:
             loop.worker.counters.duplicates += 1
             count(&served.counters.duplicates, 1)
             n_faults += 1
-        elif page >= end and page - page % served.unit > end:
+        elif page >= end and chunk_start(served, page) > end:
             break
         elif i == 0 or not (is_set(served.coming, page) and left_to_worker(loop, served, page)):
             if is_set(served.resident, page):
                 recheck(loop, entry, served, page, low, high)
             if page >= end:
-                end = min(page - page % served.unit + served.unit, high)
+                start = chunk_start(served, page)
+                end = min(start + served.chunk, page - page % served.unit + served.unit, high)
             want_end = page + 1
             n_faults += 1
         i += 1
@@ -254,24 +255,34 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
         # Within the same call: cheaper than to come back for them.
         end = min(ahead, high)
     parked = loop.worker.counters.parked
+    there = is_set(served.resident, want)
     page = first_missing(served, first, end)
     while page < end:
-        filled = True
         stop = missing_end(served, page, end)
         if fill_or_hand(loop, entry, served, page, stop, want, want_end, 0 if handed else n_faults, mode):
             handed = True
         page = first_missing(served, stop, end)
-    if not filled and mode == 0:
-        # There all along, or brought by somebody else since.
+    if there and mode == 0:
+        # Brought since the fault, perhaps with a batch whose wake-up was for others: no COPY will wake it.
         wake(&loop.worker, pages[0], pages[0] + PAGE_SIZE)
     parked = loop.worker.counters.parked - parked
     n_faults = 0 if handed or parked >= n_faults else n_faults - parked
     note_due(loop, served, entry.base + want * PAGE_SIZE, entry.base + want_end * PAGE_SIZE, n_faults, mode)
     if end - first > LONG_RUN:
         flush(loop)
-    if ahead > end:
+    if served.unit > served.chunk:
+        # The rest of a unit that is larger than a huge page follows.
+        set_goal(loop, served.id, entry.base + max(low, first - first % served.unit) * PAGE_SIZE,
+                 entry.base + min(max(ahead, first - first % served.unit + served.unit), high) * PAGE_SIZE,
+                 False)
+    elif ahead > end:
         set_goal(loop, served.id, entry.base + end * PAGE_SIZE, entry.base + ahead * PAGE_SIZE, False)
     return i
+
+
+cdef inline uint64_t chunk_start(const served_t *served, uint64_t page) noexcept nogil:
+    """The first page of what is filled together with this one: its unit, or a huge page of that."""
+    return page - page % served.unit % served.chunk
 
 
 cdef bint left_to_worker(loop_t *loop, served_t *served, uint64_t page) noexcept nogil:
@@ -318,9 +329,11 @@ cdef bint fill_or_hand(loop_t *loop, const entry_t *entry, served_t *served, uin
     return True
 
 
-cdef void give(loop_t *loop, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
+cdef uint64_t give(loop_t *loop, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
                uint64_t want, uint64_t want_end, uint64_t n_faults) noexcept nogil:
-    """Ask the crew for the missing pages [first, end). When it is swamped, those wanted are parked."""
+    """Ask the crew for the missing pages [first, end). When it is swamped, those wanted are parked.
+
+    Returns how far it got."""
     cdef job_t job
     cdef uint64_t stop, page
     job.id = served.id
@@ -335,10 +348,11 @@ cdef void give(loop_t *loop, const entry_t *entry, served_t *served, uint64_t fi
         if not hand(&loop.crew, served, &job, first, stop):
             for page in range(max(first, want), min(end, want_end)):
                 park(&loop.worker, served, entry.base + page * PAGE_SIZE)
-            return
+            return first
         loop.worker.counters.handed += 1
         job.n_faults = 0
         first = stop
+    return end
 
 
 cdef inline uint64_t stop_of(const entry_t *entry, const served_t *served, uint64_t first,
@@ -481,17 +495,15 @@ cdef void step(loop_t *loop, size_t i, bint *did) noexcept nogil:
         stop = limit
         if first < limit:
             stop = missing_end(served, first, min(limit, stop_of(&entry, served, first, limit)))
-            if is_prompt(served, first, stop):
-                if loop.crew.idle and loop.crew.given == loop.crew.taken:
-                    # A worker can do as well, while we go on.
-                    give(loop, &entry, served, first, stop, 0, 0, 0)
-                else:
-                    fill_or_hand(loop, &entry, served, first, stop, 0, 0, 0, 0)
-            elif is_busy(&loop.crew):
+            # A worker that is idle can do as well, while we go on.
+            if is_prompt(served, first, stop) and not (loop.crew.idle and is_idle(&loop.crew)):
+                first = fill(&loop.worker, &entry, served, first, stop, 0, 0, 0, False)
+            if first < stop and not is_busy(&loop.crew):
+                first = give(loop, &entry, served, first, stop, 0, 0, 0)
+            if first < stop:
+                goal.next = entry.base + first * PAGE_SIZE
                 leave(loop.desk.tree, ticket)
                 return
-            else:
-                give(loop, &entry, served, first, stop, 0, 0, 0)
         goal.next = entry.base + stop * PAGE_SIZE
         reached = stop == limit
     did[0] = True
@@ -501,10 +513,16 @@ cdef void step(loop_t *loop, size_t i, bint *did) noexcept nogil:
         loop.goals[i] = loop.goals[loop.n_goals]
 
 
+cdef bint is_idle(crew_t *crew) noexcept nogil:
+    return crew.queues[URGENT].given == crew.queues[URGENT].taken and (
+        crew.queues[AHEAD].given == crew.queues[AHEAD].taken)
+
+
 cdef bint is_busy(crew_t *crew) noexcept nogil:
-    """Whether the crew has enough to do; then it will kick us when it has done some of it."""
+    """Whether the crew has enough to do ahead of need; then it will kick us when it has done some of it."""
     cdef uint64_t enough = 2 * crew.n_workers
-    if load_u64(&crew.given) - load_u64(&crew.taken) < enough:
+    cdef queue_t *queue = &crew.queues[AHEAD]
+    if load_u64(&queue.given) - load_u64(&queue.taken) < enough:
         return False
     store_int(&crew.waited_for, 1)
-    return load_u64(&crew.given) - load_u64(&crew.taken) >= enough
+    return load_u64(&queue.given) - load_u64(&queue.taken) >= enough

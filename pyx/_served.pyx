@@ -32,6 +32,7 @@ assert REGION_STATS_DTYPE.itemsize == sizeof(region_counters_t)
 
 cdef extern from *:
     int __builtin_ctzll(unsigned long long) nogil
+    int __builtin_popcountll(unsigned long long) nogil
 
 
 cdef inline uint64_t mask(uint64_t first, uint64_t end) noexcept nogil:
@@ -154,6 +155,7 @@ cdef class Served:
         self.c.id = region
         self.c.n_pages = n_pages
         self.c.unit = unit
+        self.c.chunk = min(unit, <uint64_t>HUGE_PAGES)
         self.c.granule = HUGE_PAGES if unit >= HUGE_PAGES else max(unit, STEP // unit * unit)
         self.c.readahead = readahead
         self.c.huge = huge
@@ -196,24 +198,28 @@ cdef class Served:
     @property
     def resident(self):
         """Which pages are there, as far as is known: bool array, one a page."""
-        return self.bits(self.c.resident)
-
-    @property
-    def coming(self):
-        """Whether a worker thread has been asked for a page that is not there yet."""
-        return bool(self.bits(self.c.coming).any())
-
-    cdef object bits(self, const uint64_t *words):
         cdef size_t n = self.c.n_pages // 64 + 1
-        cdef const unsigned char[::1] view = <const unsigned char[:n * 8]><const unsigned char *>words
+        cdef const unsigned char[::1] view = <const unsigned char[:n * 8]><const unsigned char *>self.c.resident
         return np.unpackbits(np.frombuffer(view, np.uint8).copy(), count=self.c.n_pages,
                              bitorder="little").view(np.bool_)
 
-    def take_error(self):
-        """The errno of the last page that could not be had and that nobody waited for, 0; forgets it."""
-        cdef uint64_t error = load_u64(&self.c.ahead_error)
-        store_u64(&self.c.ahead_error, 0)
-        return error
+    def take_errors(self):
+        """Of the last pages that nobody waited for and that could not be had: the errno of the source and
+        that of the kernel, 0 for none; forgets them."""
+        cdef uint64_t of_source = load_u64(&self.c.source_error), of_kernel = load_u64(&self.c.kernel_error)
+        store_u64(&self.c.source_error, 0)
+        store_u64(&self.c.kernel_error, 0)
+        return of_source, of_kernel
+
+    def count(self):
+        """(pages that are there, pages that workers were asked for)."""
+        cdef uint64_t there = 0, coming = 0
+        cdef size_t i
+        with nogil:
+            for i in range(self.c.n_pages // 64 + 1):
+                there += __builtin_popcountll(load_u64(&self.c.resident[i]))
+                coming += __builtin_popcountll(load_u64(&self.c.coming[i]))
+        return there, coming
 
     def stats(self):
         """The region's counters: a scalar of REGION_STATS_DTYPE."""

@@ -98,6 +98,7 @@ cdef leaf_t *new_leaf() except NULL:
     leaf.next = NULL
     leaf.n = 0
     leaf.heads[0] = 0
+    leaf.pieces[0].end = 0  # an empty leaf is searched like any other
     for i in range(1, 8):
         leaf.heads[i] = INT64_MAX
     for i in range(UF_LEAF):

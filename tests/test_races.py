@@ -399,3 +399,73 @@ def test_a_child_really_closes_its_copy(needs_uffd: None, child: Child) -> None:
         print("good")
         """)
     assert done.stdout == "good\n", done.stderr
+
+
+def test_a_fault_that_comes_while_its_page_is_filled_for_another(needs_uffd: None, child: Child) -> None:
+    """Pages that come with a unit are there when their own fault is read: its thread must be woken too."""
+    done = child("""
+        u = uf.Userfaultfd()
+        service = uf.FaultService(u)
+        end = time.monotonic() + 4
+        rounds = 0
+        while time.monotonic() < end:
+            one, two = u.map(128 * PAGE), u.map(128 * PAGE)
+            for region in (one, two):
+                service.serve(region, uf.sources.Constant(7), readahead=0, page_bytes=64 * PAGE)
+            order = np.random.default_rng(rounds)
+            threads = []
+            for k in range(8):
+                pages = order.permutation(128).astype(np.uint64) * np.uint64(PAGE)
+                threads.append(threading.Thread(target=uf.touch, args=((one, two)[k % 2].array, pages)))
+            for t in threads: t.start()
+            for t in threads: t.join()
+            one.close(); two.close()
+            rounds += 1
+        print("good")
+        """)
+    assert done.stdout == "good\n", (done.returncode, done.stderr)
+
+
+def test_close_while_regions_die(needs_uffd: None, child: Child) -> None:
+    done = child("""
+        sys.setswitchinterval(1e-5)
+        for _ in range(150):
+            u = uf.Userfaultfd()
+            service = uf.FaultService(u, shards=2)
+            regions = [service.map(PAGE) for _ in range(20)]
+            for region in regions:
+                service.serve(region, uf.sources.Zero())
+            threads = [threading.Thread(target=region.close) for region in regions]
+            closing = threading.Thread(target=service.close)
+            for t in (*threads[:10], closing, *threads[10:]): t.start()
+            for t in (*threads, closing): t.join()
+            assert service.closed
+            assert not any(engine.keep for engine in service._engines)
+            u.close()
+        print("good")
+        """)
+    assert done.stdout == "good\n", (done.returncode, done.stderr)
+
+
+def test_a_service_in_a_fork_child(needs_uffd: None, child: Child) -> None:
+    done = child("""
+        u = uf.Userfaultfd()
+        service = uf.FaultService(u)
+        region = u.map(PAGE)
+        service.serve(region, uf.sources.Zero())
+        pid = os.fork()
+        if pid == 0:
+            code = 0
+            for call in (lambda: service.materialize(region), service.failures,
+                         lambda: service.resident(region), lambda: service.map(PAGE)):
+                try:
+                    call()
+                    code = 1
+                except uf.ForkedError:
+                    pass
+            os._exit(code)
+        assert os.waitpid(pid, 0)[1] == 0
+        service.materialize(region)
+        print("good")
+        """)
+    assert done.stdout == "good\n", (done.returncode, done.stderr)

@@ -12,6 +12,10 @@ cdef extern from "<pthread.h>" nogil:
 cdef enum:
     MOST_WORKERS = 64
 
+    # Queues: what threads wait for is done first.
+    URGENT = 0
+    AHEAD = 1
+
 # Addresses [start, end) of region `id`, whose pages are marked as coming; threads wait for [want, want_end).
 ctypedef struct job_t:
     uint64_t start
@@ -23,6 +27,11 @@ ctypedef struct job_t:
     uint64_t n_faults
     uint64_t skipped       # the region's count when the job was given
 
+ctypedef struct queue_t:
+    job_t *jobs            # a ring
+    uint64_t taken
+    uint64_t given
+
 # The worker threads of an engine, and what they were asked for.
 ctypedef struct crew_t:
     desk_t *desk
@@ -32,9 +41,7 @@ ctypedef struct crew_t:
     int n_workers
     int waited_for         # the reading thread wants to be kicked when a job is done
     # Under the desk's lock:
-    job_t *jobs            # a ring
-    uint64_t taken
-    uint64_t given
+    queue_t queues[2]
     int started            # threads that have taken their place
     int idle
     bint ending

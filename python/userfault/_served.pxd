@@ -36,6 +36,7 @@ ctypedef struct served_t:
     int64_t id
     uint64_t n_pages
     uint64_t unit          # filled together
+    uint64_t chunk         # filled at once for a fault: the unit, or a huge page of it
     uint64_t granule       # a multiple of it, or a part: filled at a time
     int64_t readahead      # past each fault, or ADAPTIVE
     int huge               # moves of huge pages are worth trying; cleared when the kernel refuses one
@@ -43,7 +44,8 @@ ctypedef struct served_t:
     uint64_t *resident     # a bit a page: it is there, as far as is known
     uint64_t *coming       # a bit a page: a worker thread was asked for it
     uint64_t skipped       # faults left to a worker thread because their page was coming
-    uint64_t ahead_error   # errno of the last page that nobody waited for and that could not be had
+    uint64_t source_error  # errno of the last page that nobody waited for and that its source did not give
+    uint64_t kernel_error  # likewise, that the kernel did not take
     stream_t *streams
     int n_streams
     uint64_t tick
@@ -61,5 +63,3 @@ cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, ui
 cdef class Served:
     cdef served_t c
     cdef readonly Source source
-
-    cdef object bits(self, const uint64_t *words)

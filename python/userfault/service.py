@@ -17,9 +17,10 @@ import numpy.typing as npt
 from userfault import _mapping
 from userfault._consts import PAGE_SIZE
 from userfault._engine import PLACEMENTS, STAGES, Engine
+from userfault._errno import error_for
 from userfault._served import Served
 from userfault._source import Source
-from userfault.errors import BusyError, ClosedError, RangeError, SourceError, UffdError, UnsupportedError
+from userfault.errors import BusyError, ClosedError, ForkedError, RangeError, SourceError, UnsupportedError
 from userfault.flags import Api, Feature, names
 from userfault.procmaps import first_present
 from userfault.region import Region
@@ -119,6 +120,8 @@ class FaultService:
         with self._userfaultfd._ours():
             if self.closed:
                 raise ClosedError("the service is closed")
+            if len(self._shards) == 1:
+                return self._userfaultfd.map(length)
             sizes = [int(shard.regions.ranges()["length"].sum()) for shard in self._shards]
             return self._shards[int(np.argmin(sizes))].map(length)
 
@@ -144,8 +147,7 @@ class FaultService:
         has pages already, which would keep what they hold; RangeError for another userfaultfd's region;
         ValueError for the other arguments; ClosedError, ForkedError; UffdError when the engine has failed.
         """
-        if not isinstance(region, Region):
-            raise TypeError(f"need a Region, not {type(region).__name__}")
+        engine = self._engine_of(region)
         if not isinstance(source, Source):
             why = ""
             if callable(source):
@@ -154,12 +156,13 @@ class FaultService:
                 f"{type(source).__name__} is not a page source: {why}"
                 "use one of userfault.sources: Zero, Buffer, File, or Native for a C function"
             )
-        if page_bytes < 1 or index(page_bytes) % PAGE_SIZE:
+        if index(page_bytes) < 1 or page_bytes % PAGE_SIZE:
             raise ValueError(f"page_bytes is a multiple of {PAGE_SIZE}, not {page_bytes}")
-        ahead = _ADAPTIVE if readahead == "adaptive" else index(readahead)
-        if ahead < 0 and readahead != "adaptive":
-            raise ValueError(f'readahead is "adaptive" or a number of pages, not {readahead}')
-        engine = self._engine_of(region)
+        if readahead != "adaptive" and (isinstance(readahead, str) or index(readahead) < 0):
+            raise ValueError(f'readahead is "adaptive" or a number of pages, not {readahead!r}')
+        pages = region.length // PAGE_SIZE
+        ahead = _ADAPTIVE if readahead == "adaptive" else min(index(readahead), pages)
+        unit = min(page_bytes // PAGE_SIZE, pages)
         with region._userfaultfd._ours():
             if self.closed:
                 raise ClosedError("the service is closed")
@@ -172,11 +175,10 @@ class FaultService:
                 )
             huge = (
                 engine.can_move
-                and max(ahead * PAGE_SIZE, page_bytes, _HUGE * (ahead == _ADAPTIVE)) >= _HUGE
+                and (ahead == _ADAPTIVE or max(ahead, unit) * PAGE_SIZE >= _HUGE)
                 and _mapping.allow_huge_pages(region.start, region.length)
             )
-            pages = region.length // PAGE_SIZE
-            served = Served(source, region.id, pages, page_bytes // PAGE_SIZE, ahead, huge)
+            served = Served(source, region.id, pages, unit, ahead, huge)
             if served.may_wait:
                 engine.employ(self._workers, self._placement)
             engine.attach(region.start, region.length, served)
@@ -190,32 +192,36 @@ class FaultService:
             progress: called with the bytes that are there and the bytes of the region, every few ms.
             wait: until all is there; False leaves it to the engine, behind the faults.
 
-        Raises SourceError when a page cannot be had (it stays missing, and fails closed when touched),
-        UffdError when the kernel refuses for 10 s, ClosedError when the region or the service is closed.
+        Raises SourceError when its source does not give a page (it stays missing, and fails closed when
+        touched), UffdError when the kernel refuses for 10 s, ClosedError when
+        the region or the service is closed, ForkedError. Pages that failed closed before stay so.
         """
         served = self._served(region)
-        served.take_error()
         served.resync(self._engine_of(region).pagemap, region.start)
-        most, last, errors = -1, time.monotonic(), set()
+        served.take_errors()
+        most, last, failed, refused = -1, time.monotonic(), 0, 0
         self._order(region)
         while wait:
-            there = int(np.count_nonzero(served.resident)) * PAGE_SIZE
+            pages, coming = served.count()
+            there = pages * PAGE_SIZE
             if progress is not None:
                 progress(there, region.length)
             if there == region.length:
                 return
-            errors.add(served.take_error())
-            if there > most:
-                most, last = there, time.monotonic()
-            elif not served.coming:
-                if why := errors - {0, errno.EAGAIN, errno.ENOMEM}:
-                    raise SourceError(
-                        f"{region!r}: {region.length - there} bytes cannot be had: {os.strerror(min(why))}"
-                    )
-                if time.monotonic() - last > _STALLED_SECONDS:
-                    raise UffdError(max(errors), f"{region!r}: no page came for {_STALLED_SECONDS:g} s")
-                if time.monotonic() - last > _RETRY_SECONDS:
-                    self._order(region)
+            errors = served.take_errors()
+            failed, refused = errors[0] or failed, errors[1] or refused
+            if there > most or coming:
+                most, last = max(there, most), time.monotonic()
+            elif failed:
+                raise SourceError(
+                    f"{region!r}: its source failed: {os.strerror(failed)}; "
+                    f"{region.length - there} bytes are missing"
+                )
+            waited = time.monotonic() - last
+            if refused and waited > _STALLED_SECONDS:
+                raise error_for("filling the region", refused)
+            if waited > _RETRY_SECONDS:
+                self._order(region)
             time.sleep(_POLL_SECONDS)
             if self._served(region) is not served:
                 raise ClosedError(f"{region!r} was given up and is served anew")
@@ -240,7 +246,8 @@ class FaultService:
         `failed` (closed), `unprotected` (write-protect faults, which are let through), `unknown` (records
         that are not page faults), `handed` (runs that workers were asked for), `errors` (shape (134,): how
         often the kernel answered that errno), and `latency`, shape (496,) of `from_ns` and `count`:
-        nanoseconds from read to resolved, eight buckets an octave.
+        nanoseconds from read to resolved, eight buckets an octave; without the faults of pages that were
+        `coming`. A parked fault counts anew in `records` of its region each time it is tried.
 
         Of a region: what of these is its own, and `latency`, shape (48,): faults resolved in less than 2^i
         nanoseconds and not in less than 2^(i-1).
@@ -250,7 +257,8 @@ class FaultService:
         return total([engine.stats() for engine in self._engines])
 
     def failures(self) -> list[Failure]:
-        """The last pages (up to 1,024 a shard) that failed closed, oldest first."""
+        """The last pages (up to 1,024 a shard) that failed closed, oldest first. Raises ForkedError."""
+        self._check_process()
         return [
             Failure(address, region, offset, error, _why(error, stage))
             for engine in self._engines
@@ -284,13 +292,21 @@ class FaultService:
             shard._service = None
             shard.close()
 
+    def _check_process(self) -> None:
+        """In a fork child the engine's locks may be held by threads that are not there."""
+        if os.getpid() != self._userfaultfd._descriptor.pid:
+            raise ForkedError("the service belongs to the parent: make one of your own in the child")
+
     def _engine_of(self, region: Region) -> Engine:
+        if not isinstance(region, Region):
+            raise TypeError(f"need a Region, not {type(region).__name__}")
         for shard, engine in zip(self._shards, self._engines, strict=True):
             if region._userfaultfd is shard:
                 return engine
         raise RangeError(f"{region!r} is not registered with this service's userfaultfd")
 
     def _served(self, region: Region) -> Served:
+        self._check_process()
         served = self._engine_of(region).keep.get(region.id)
         if served is None:
             raise ClosedError(f"{region!r} is not served")
