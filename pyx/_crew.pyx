@@ -135,7 +135,7 @@ cdef void *run(void *argument) noexcept nogil:
     cdef queue_t *queue
     cdef worker_t *worker
     cdef job_t job
-    cdef uint64_t one = 1
+    cdef uint64_t one = 1, parked
     pthread_mutex_lock(&crew.desk.lock)
     worker = crew.workers[crew.started]
     crew.started += 1
@@ -153,8 +153,10 @@ cdef void *run(void *argument) noexcept nogil:
         job = queue.jobs[queue.taken % JOBS]
         queue.taken += 1
         pthread_mutex_unlock(&crew.desk.lock)
+        parked = worker.counters.parked
         do(worker, &job)
-        if swap_int_if(&crew.waited_for, 1, 0):
+        # The reading thread, which may sleep without a timeout, tries again what was parked.
+        if swap_int_if(&crew.waited_for, 1, 0) or worker.counters.parked != parked:
             c_write(crew.kick_fd, &one, sizeof(one))
         pthread_mutex_lock(&crew.desk.lock)
     pthread_mutex_unlock(&crew.desk.lock)
@@ -164,8 +166,7 @@ cdef void *run(void *argument) noexcept nogil:
 cdef void do(worker_t *worker, const job_t *job) noexcept nogil:
     cdef entry_t entry
     cdef served_t *served = NULL
-    cdef uint64_t first, end, last
-    cdef uint64_t address = job.start
+    cdef uint64_t first, end, last, address = job.start, parked = worker.counters.parked
     cdef int ticket = enter(worker.desk.tree)
     # Parts of the region may have been given up since; the first that was not begins at `address`.
     while address < job.end and served == NULL:
@@ -189,6 +190,6 @@ cdef void do(worker_t *worker, const job_t *job) noexcept nogil:
     clear_bits(served.coming, first, end)
     if address > job.start or last < end or load_u64(&served.skipped) != job.skipped:
         wake(worker, job.start, job.end)
-    if job.n_faults:
+    if job.n_faults and worker.counters.parked == parked:
         count_latency(worker, served, job.n_faults, now() - job.since)
     add_int(&served.users, -1)

@@ -281,7 +281,7 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         if decision == PARK:
             store_u64(&served.kernel_error, -result)
             for page in range(max(first, want), min(end, want_end)):
-                park(worker, served, entry.base + page * PAGE_SIZE)
+                park(worker, served, entry.base + page * PAGE_SIZE, False)
             return
         if decision == NEXT:
             # Somebody else brought the page: its faulting thread may still sleep.
@@ -294,6 +294,9 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         elif decision == FORGET or decision == STOP:
             worker.counters.forgotten += 1
             count(&served.counters.forgotten, 1)
+            if wanted:
+                # munmap and mremap wake nobody.
+                wake(worker, address, address + PAGE_SIZE)
         elif wanted:
             fail(worker, entry, served, address, -result, RESOLVE)
         else:
@@ -355,7 +358,7 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
             note(worker, result)
             decision = decide(-result)
         if decision == PARK:
-            park(worker, served, page)
+            park(worker, served, page, False)
             return
         if decision == NEXT:
             # A page, or the marker of a write-protected one that is missing, which must go first.
@@ -366,6 +369,7 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
             return
         if decision == FORGET or decision == STOP:
             worker.counters.forgotten += 1
+            wake(worker, page, page + PAGE_SIZE)
             return
     if not desk.can_poison or decision == POISON:
         # Before Linux 6.6, or refused. Each page splits the mapping; when there are no more mappings
@@ -391,8 +395,8 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
     pthread_mutex_unlock(&desk.lock)
 
 
-cdef void park(worker_t *worker, served_t *served, uint64_t page) noexcept nogil:
-    """Try the page again in a millisecond. With no room left, its thread asks again by itself."""
+cdef void park(worker_t *worker, served_t *served, uint64_t page, bint protected) noexcept nogil:
+    """Try the page again in a millisecond. With no room left, its thread is woken then, and asks again."""
     cdef desk_t *desk = worker.desk
     cdef bint room
     worker.counters.parked += 1
@@ -403,10 +407,12 @@ cdef void park(worker_t *worker, served_t *served, uint64_t page) noexcept nogil
     if room:
         desk.parked[desk.n_parked].page = page
         desk.parked[desk.n_parked].since = worker.since
+        desk.parked[desk.n_parked].protected = protected
         desk.n_parked += 1
+    else:
+        desk.lost_from = min(desk.lost_from, page) if desk.lost_to else page
+        desk.lost_to = max(desk.lost_to, page + PAGE_SIZE)
     pthread_mutex_unlock(&desk.lock)
-    if not room:
-        wake(worker, page, page + PAGE_SIZE)
 
 
 cdef void wake(worker_t *worker, uint64_t start, uint64_t end) noexcept nogil:

@@ -59,7 +59,7 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
     cdef timespec timeout
     cdef const timespec *patience
     cdef uint64_t kicks
-    cdef int64_t since = 0, last = 0, unparked = 0
+    cdef int64_t since = 0, last = 0
     cdef bint keen = False, alone = False
     cdef ssize_t got
     cdef int err, ready
@@ -89,8 +89,8 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             pair(loop, since)
             alone = loop.lease.held and got == <ssize_t>record
             # All that is not urgent gets its turn even while faults never stop coming.
-            if since - unparked > RETRY_NS:
-                unparked = since
+            if since - loop.unparked > RETRY_NS:
+                loop.unparked = since
                 unpark(loop)
                 take_orders(loop)
                 advance(loop, False)
@@ -103,6 +103,7 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             lease_end(&loop.lease)
             return -err if got < 0 else -ENODATA
         take_orders(loop)
+        unpark_in_time(loop)
         if advance(loop, False):
             continue
         if keen and loop.may_spin and load_int(&loop.placement) == SPIN and now() - last < SPIN_NS:
@@ -126,7 +127,7 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
         if fds[1].revents:
             c_read(fds[1].fd, &kicks, sizeof(kicks))
             fds[1].revents = 0
-        unpark(loop)
+        unpark_in_time(loop)
 
 
 cdef void pair(loop_t *loop, int64_t since) noexcept nogil:
@@ -170,9 +171,8 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
             protected = arg & _abi.UFFD_BIT_WP
         if protected:
             # The data is there, and nobody is left who wants to know of the write.
-            uffd_writeprotect(loop.desk.fd, arg & page, PAGE_SIZE, 0)
-            loop.worker.counters.ioctls += 1
-            loop.worker.counters.unprotected += 1
+            loop.worker.since = now()
+            unprotect(loop, arg & page)
         elif fault:
             loop.pages[n_pages] = arg & page
             n_pages += 1
@@ -182,6 +182,17 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
             loop.worker.counters.unknown += 1
     loop.worker.counters.records += n
     return n_pages
+
+
+cdef void unprotect(loop_t *loop, uint64_t page) noexcept nogil:
+    """Let the writes to a page through."""
+    cdef int result = uffd_writeprotect(loop.desk.fd, page, PAGE_SIZE, 0)
+    loop.worker.counters.ioctls += 1
+    if result == -EAGAIN:
+        loop.worker.counters.errors[EAGAIN] += 1
+        park(&loop.worker, NULL, page, True)
+    else:
+        loop.worker.counters.unprotected += 1
 
 
 # -- the batch -----------------------------------------------------------------------------------------
@@ -247,7 +258,8 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
             want_end = page + 1
             n_faults += 1
         i += 1
-    count(&served.counters.records, n_faults)
+    if not loop.retrying:
+        count(&served.counters.records, n_faults)
     ahead = look_ahead(served, first, end)
     if served.huge and ahead >= end + HUGE_PAGES:
         take_whole(entry, served, low, high, &first, &end)
@@ -267,6 +279,17 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
         wake(&loop.worker, pages[0], pages[0] + PAGE_SIZE)
     parked = loop.worker.counters.parked - parked
     n_faults = 0 if handed or parked >= n_faults else n_faults - parked
+    if parked and mode:
+        # These sleep on; so only those whose pages came are woken.
+        flush(loop)
+        page = want
+        while page < want_end:
+            stop = first_missing(served, page, want_end)
+            if stop > page:
+                wake(&loop.worker, entry.base + page * PAGE_SIZE, entry.base + stop * PAGE_SIZE)
+            page = missing_end(served, stop, want_end)
+        count_latency(&loop.worker, served, n_faults, now() - loop.worker.since)
+        return i
     note_due(loop, served, entry.base + want * PAGE_SIZE, entry.base + want_end * PAGE_SIZE, n_faults, mode)
     if end - first > LONG_RUN:
         flush(loop)
@@ -291,7 +314,8 @@ cdef bint left_to_worker(loop_t *loop, served_t *served, uint64_t page) noexcept
     if not is_set(served.coming, page):
         return False
     loop.worker.counters.coming += 1
-    count(&served.counters.records, 1)
+    if not loop.retrying:
+        count(&served.counters.records, 1)
     return True
 
 
@@ -330,7 +354,7 @@ cdef bint fill_or_hand(loop_t *loop, const entry_t *entry, served_t *served, uin
 
 
 cdef uint64_t give(loop_t *loop, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
-               uint64_t want, uint64_t want_end, uint64_t n_faults) noexcept nogil:
+                   uint64_t want, uint64_t want_end, uint64_t n_faults) noexcept nogil:
     """Ask the crew for the missing pages [first, end). When it is swamped, those wanted are parked.
 
     Returns how far it got."""
@@ -347,7 +371,7 @@ cdef uint64_t give(loop_t *loop, const entry_t *entry, served_t *served, uint64_
         job.want_end = entry.base + min(max(first, want_end), stop) * PAGE_SIZE
         if not hand(&loop.crew, served, &job, first, stop):
             for page in range(max(first, want), min(end, want_end)):
-                park(&loop.worker, served, entry.base + page * PAGE_SIZE)
+                park(&loop.worker, served, entry.base + page * PAGE_SIZE, False)
             return first
         loop.worker.counters.handed += 1
         job.n_faults = 0
@@ -396,25 +420,74 @@ cdef void flush(loop_t *loop) noexcept nogil:
     loop.n_due = 0
 
 
+cdef void unpark_in_time(loop_t *loop) noexcept nogil:
+    """Every millisecond, `unpark`."""
+    cdef int64_t at
+    if loop.desk.n_parked:
+        at = now()
+        if at - loop.unparked > RETRY_NS:
+            loop.unparked = at
+            unpark(loop)
+
+
 cdef void unpark(loop_t *loop) noexcept nogil:
     """Serve everything parked; what must wait longer is parked anew."""
     cdef size_t n, i
     cdef int64_t since
-    if loop.desk.n_parked == 0:
-        return
+    cdef uint64_t lost_from, lost_to
     pthread_mutex_lock(&loop.desk.lock)
     n = loop.desk.n_parked
     memcpy(loop.parked, loop.desk.parked, n * sizeof(parked_t))
     loop.desk.n_parked = 0
+    lost_from, lost_to = loop.desk.lost_from, loop.desk.lost_to
+    loop.desk.lost_from = loop.desk.lost_to = 0
     pthread_mutex_unlock(&loop.desk.lock)
+    if n == 0:
+        return
+    n = once_each(loop.parked, n)
+    loop.retrying = True
     while n:
         since = loop.parked[n - 1].since
-        i = 0
-        while n and i < CAPACITY and loop.parked[n - 1].since == since:
+        if loop.parked[n - 1].protected:
             n -= 1
+            loop.worker.since = since
+            unprotect(loop, loop.parked[n].page)
+            continue
+        i = 0
+        while n and i < CAPACITY and not loop.parked[n - 1].protected:
+            n -= 1
+            since = min(since, loop.parked[n].since)
             loop.pages[i] = loop.parked[n].page
             i += 1
         serve(loop, i, since)
+    loop.retrying = False
+    if lost_to:
+        wake(&loop.worker, lost_from, lost_to)
+
+
+cdef size_t once_each(parked_t *parked, size_t n) noexcept nogil:
+    """Sort by page, and leave out what is there twice; how many are left."""
+    cdef size_t gap = 1, i, k
+    cdef parked_t value
+    while gap < n // 3:
+        gap = 3 * gap + 1
+    while gap:
+        for i in range(gap, n):
+            value = parked[i]
+            k = i
+            while k >= gap and parked[k - gap].page > value.page:
+                parked[k] = parked[k - gap]
+                k -= gap
+            parked[k] = value
+        gap //= 3
+    k = 0
+    for i in range(1, n):
+        if parked[i].page == parked[k].page:
+            parked[k].since = min(parked[k].since, parked[i].since)
+        else:
+            k += 1
+            parked[k] = parked[i]
+    return k + 1
 
 
 # -- ahead of need -------------------------------------------------------------------------------------

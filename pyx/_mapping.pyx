@@ -5,7 +5,7 @@ Arrays over it hold it through the buffer protocol, so the last view's death unr
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
-from libc.errno cimport errno
+from libc.errno cimport EAGAIN, ENOMEM, errno
 from libc.stdint cimport uint64_t
 
 from userfault._abi cimport getpid
@@ -89,7 +89,8 @@ cdef class Mapping:
 def keep_from_children(uint64_t start, uint64_t length):
     """MADV_DONTFORK and MADV_NOHUGEPAGE, as a Mapping has them. Raises UffdError."""
     if c_madvise(<void *>start, length, MADV_DONTFORK) != 0:
-        raise error_for("madvise(MADV_DONTFORK)", errno)
+        # madvise(2) says EAGAIN where there are no more mappings to be had, and other calls ENOMEM.
+        raise error_for("madvise(MADV_DONTFORK)", ENOMEM if errno == EAGAIN else errno)
     c_madvise(<void *>start, length, MADV_NOHUGEPAGE)
 
 

@@ -199,7 +199,8 @@ cdef class Served:
     def resident(self):
         """Which pages are there, as far as is known: bool array, one a page."""
         cdef size_t n = self.c.n_pages // 64 + 1
-        cdef const unsigned char[::1] view = <const unsigned char[:n * 8]><const unsigned char *>self.c.resident
+        cdef const unsigned char[::1] view = <const unsigned char[:n * 8]>(
+            <const unsigned char *>self.c.resident)
         return np.unpackbits(np.frombuffer(view, np.uint8).copy(), count=self.c.n_pages,
                              bitorder="little").view(np.bool_)
 

@@ -25,9 +25,9 @@ hypothesis.settings.register_profile("lab", deadline=None, database=None, max_ex
 hypothesis.settings.load_profile("lab" if LAB else "userfault")
 
 # In the lab, what is not about the kernel: builds, commands, the lab itself, and the model.
-collect_ignore = [
-    f"test_{name}.py" for name in ("abi", "bench_cli", "build", "cli", "lab_unit", "rfc_model") if LAB
-]
+# What does not depend on the records' format is not tried again on the lab's slow processor.
+_NATIVE_ONLY = ("abi", "bench_cli", "build", "cli", "lab_unit", "lease", "no_python", "rfc_model", "sources")
+collect_ignore = [*(f"test_{name}.py" for name in _NATIVE_ONLY), "native"] if LAB else []
 
 HERE = Path(__file__).parent
 

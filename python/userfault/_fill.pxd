@@ -47,6 +47,7 @@ ctypedef struct failure_t:
 ctypedef struct parked_t:
     uint64_t page
     int64_t since
+    bint protected        # write-protected, not missing
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -63,6 +64,8 @@ ctypedef struct desk_t:
     pthread_mutex_t lock  # of all that follows; held for moments, and never in a system call
     parked_t *parked      # faults to try again
     size_t n_parked
+    uint64_t lost_from    # what found no room there lies between these
+    uint64_t lost_to
     failure_t *failures   # a ring
     uint64_t n_failures
 
@@ -82,5 +85,5 @@ cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uin
 cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_t page, int error,
                int stage) noexcept nogil
 cdef void wake(worker_t *worker, uint64_t start, uint64_t end) noexcept nogil
-cdef void park(worker_t *worker, served_t *served, uint64_t page) noexcept nogil
+cdef void park(worker_t *worker, served_t *served, uint64_t page, bint protected) noexcept nogil
 cdef void count_latency(worker_t *worker, served_t *served, uint64_t n, int64_t ns) noexcept nogil

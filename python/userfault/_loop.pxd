@@ -56,6 +56,8 @@ ctypedef struct loop_t:
     goal_t goals[GOALS]
     size_t n_goals
     size_t turn            # the goal whose turn it is
+    int64_t unparked       # when what is parked was last tried
+    bint retrying
     parked_t *parked       # room to take the parked ones
     int n_orders           # of materialize(), under the desk's lock
     goal_t orders[GOALS]
