@@ -2,6 +2,8 @@
 # make test: the same with the test extras, then the whole test suite.
 # make lint: formatting, types, stubs, and a build without warnings. make clean: start over.
 # make lab: build and boot kernels that speak v1 and v2, and run the suite in them (LAB_APT=1 installs what it needs).
+# make sanitize: build with AddressSanitizer and UndefinedBehaviorSanitizer, and run the suite under them.
+# make soak: everything at once on the real kernel, every byte checked (SOAK='--seconds 3600 --seed 7').
 # make baseline: compare instruction counts with bench/baseline.json; make baseline-lab: those of the lab.
 
 PYTHON ?= python3
@@ -10,7 +12,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*) $(shell find python -name '*.py' -o -name '*.pyi' -o -name '*.pxd')
 
-.PHONY: demo test lint lab baseline baseline-lab clean tools
+SOAK ?= --seconds 300
+TESTS ?= tests
+
+# Signals: the suite expects deaths by SIGBUS and SIGSEGV. Leaks: CPython leaves memory behind at its end. malloc: so
+# that Python objects, which the engine lives in, are watched one by one. Reports go to files, as many tests run
+# children and keep what those print.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED = LD_PRELOAD="$$asan" PYTHONPATH=$(CURDIR)/build/sanitize/lib PYTHONMALLOC=malloc \
+	ASAN_OPTIONS=handle_segv=0:handle_sigbus=0:detect_leaks=0:log_path=$(CURDIR)/build/sanitize/report \
+	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitize/report
+# Not tested: test_no_python reads the compiled code, and would find the sanitizers' calls; test_build makes
+# distributions with flags of their own; test_bench_cli and test_lab_unit run nothing of what is compiled.
+NOT_SANITIZED := no_python build bench_cli lab_unit
+
+.PHONY: demo test lint lab sanitize soak baseline baseline-lab clean tools
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/userfault demo
@@ -30,6 +46,19 @@ lint: $(VENV)/lint.stamp
 
 lab: $(VENV)/test.stamp
 	$(BIN)/python bench/lab/suite.py --out build/lab
+
+sanitize: $(VENV)/test.stamp
+	CFLAGS='$(SANITIZE) -Og -g' LDFLAGS='$(SANITIZE)' $(BIN)/python setup.py -q build \
+		--build-temp build/sanitize/temp --build-lib build/sanitize/lib
+	rm -f build/sanitize/report.*
+	@asan=$$($(CC) -print-file-name=libasan.so); status=0; \
+	test -e "$$asan" || { echo "make: libasan is missing: CC=gcc, apt-get install gcc" >&2; exit 1; }; \
+	$(SANITIZED) $(BIN)/python -m pytest $(TESTS) -p no:cacheprovider $(NOT_SANITIZED:%=--ignore tests/test_%.py) \
+		|| status=$$?; \
+	! cat build/sanitize/report.* 2>/dev/null || status=1; exit $$status
+
+soak: $(VENV)/test.stamp
+	$(BIN)/python tests/soak.py $(SOAK)
 
 baseline: $(VENV)/test.stamp
 	$(BIN)/python bench/baseline.py --check
