@@ -91,7 +91,7 @@ class Served:
     def run(self) -> None:
         with uf.Userfaultfd(self.row["api"]) as u, uf.FaultService(u) as service:
             region = u.map(PAGES * uf.PAGE_SIZE)
-            service.serve(region, self.make())
+            service.serve(region, self.make(), readahead=0)
             found = []
             for _ in range(REPETITIONS):
                 took = rivals.library().touch_again(region.start, uf.PAGE_SIZE, PAGES, self.touchers)
