@@ -21,6 +21,9 @@ import time
 import numpy as np
 
 from userfault._abi cimport aligned_alloc, c_close, getpid, load_int, msg_record, store_int, swap_int_if
+from userfault._ahead cimport (
+    ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t,
+)
 from userfault._crew cimport MOST_WORKERS, dismiss, free_crew, hire, new_crew, pthread_t, start_thread
 from userfault._descriptor cimport Descriptor
 from userfault._errno cimport error_for
@@ -29,9 +32,7 @@ from userfault._fill cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
 )
 from userfault._ioctl cimport PAGE_SIZE, uffd_wake
-from userfault._loop cimport (
-    ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t, run_loop,
-)
+from userfault._loop cimport run_loop
 from userfault._regions cimport RegionTable
 from userfault._served cimport Served
 from userfault._tree cimport empty, set_payload

@@ -1,7 +1,7 @@
-"""The reading thread: read → sort, dedupe → dispatch → widen → fill, and read ahead while nothing waits.
+"""The reading thread: read → sort, dedupe → dispatch → widen → fill, and what is parked.
 
 Its parts run without the GIL and allocate nothing. It never waits for a source: what cannot be filled
-at once goes to the crew.
+at once goes to the crew (_ahead).
 """
 
 from libc.errno cimport EAGAIN, EINTR, ENODATA, errno
@@ -10,10 +10,12 @@ from libc.string cimport memcpy
 
 from userfault cimport _abi
 from userfault._abi cimport (
-    UFFDIO_MODE_DONTWAKE, add_u64, c_read, count, load_int, load_u64, msg_record, now, pollfd, ppoll,
-    store_int, swap_int_if, timespec,
+    UFFDIO_MODE_DONTWAKE, add_u64, c_read, count, load_int, msg_record, now, pollfd, ppoll,
+    swap_int_if, timespec,
 )
-from userfault._crew cimport AHEAD, URGENT, crew_t, hand, job_t, queue_t
+from userfault._ahead cimport (
+    CAPACITY, GONE, KEEPER, MOST_DUE, PAIR, SPIN, UNKNOWNS, loop_t, advance, give, set_goal, take_orders,
+)
 from userfault._fill cimport (
     NO_SOURCE, count_latency, fail, fill, is_prompt, parked_t, park, pthread_mutex_lock,
     pthread_mutex_unlock, wake,
@@ -353,44 +355,6 @@ cdef bint fill_or_hand(loop_t *loop, const entry_t *entry, served_t *served, uin
     return True
 
 
-cdef uint64_t give(loop_t *loop, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
-                   uint64_t want, uint64_t want_end, uint64_t n_faults) noexcept nogil:
-    """Ask the crew for the missing pages [first, end). When it is swamped, those wanted are parked.
-
-    Returns how far it got."""
-    cdef job_t job
-    cdef uint64_t stop, page
-    job.id = served.id
-    job.since = loop.worker.since
-    job.n_faults = n_faults
-    while first < end:
-        stop = min(stop_of(entry, served, first, end), end)
-        job.start = entry.base + first * PAGE_SIZE
-        job.end = entry.base + stop * PAGE_SIZE
-        job.want = entry.base + min(max(first, want), stop) * PAGE_SIZE
-        job.want_end = entry.base + min(max(first, want_end), stop) * PAGE_SIZE
-        if not hand(&loop.crew, served, &job, first, stop):
-            for page in range(max(first, want), min(end, want_end)):
-                park(&loop.worker, served, entry.base + page * PAGE_SIZE, False)
-            return first
-        loop.worker.counters.handed += 1
-        job.n_faults = 0
-        first = stop
-    return end
-
-
-cdef inline uint64_t stop_of(const entry_t *entry, const served_t *served, uint64_t first,
-                             uint64_t end) noexcept nogil:
-    """Where to stop for now with a long run from `first` to `end`: between units, between huge pages."""
-    cdef uint64_t stop = first - first % served.granule + served.granule, huge
-    if served.huge:
-        huge = first + HUGE_PAGES - (entry.base // PAGE_SIZE + first) % HUGE_PAGES
-        if huge - first == HUGE_PAGES <= end - first:
-            return huge
-        return min(huge, stop)
-    return stop
-
-
 cdef void note_due(loop_t *loop, served_t *served, uint64_t start, uint64_t end, uint64_t n_faults,
                    uint64_t mode) noexcept nogil:
     """The pages of n faults are there. Their threads, if they were not woken by that, sleep until `flush`."""
@@ -488,114 +452,3 @@ cdef size_t once_each(parked_t *parked, size_t n) noexcept nogil:
             k += 1
             parked[k] = parked[i]
     return k + 1
-
-
-# -- ahead of need -------------------------------------------------------------------------------------
-
-cdef void set_goal(loop_t *loop, int64_t id, uint64_t next, uint64_t end, bint bulk) noexcept nogil:
-    """Fill the addresses [next, end) of the region when nothing else is to be done."""
-    cdef goal_t *goal
-    cdef size_t i
-    for i in range(loop.n_goals):
-        goal = &loop.goals[i]
-        if goal.id == id and goal.bulk == bulk and next <= goal.end and goal.next <= end:
-            # A stream has come as far as `next`: what lies behind is nobody's goal any more.
-            goal.next = min(goal.next, next) if bulk else next
-            goal.end = max(goal.end, end)
-            goal.fresh = True
-            return
-    if loop.n_goals < GOALS:
-        goal = &loop.goals[loop.n_goals]
-        loop.n_goals += 1
-    else:
-        # Some other stream has to do without.
-        loop.turn += 1
-        goal = &loop.goals[loop.turn % GOALS]
-        if goal.bulk:
-            return
-    goal.id = id
-    goal.next = next
-    goal.end = end
-    goal.bulk = bulk
-    goal.fresh = True
-
-
-cdef void take_orders(loop_t *loop) noexcept nogil:
-    """What materialize() asked for."""
-    cdef goal_t order
-    while load_int(&loop.n_orders) and loop.n_goals < GOALS:
-        pthread_mutex_lock(&loop.desk.lock)
-        loop.n_orders -= 1
-        order = loop.orders[loop.n_orders]
-        pthread_mutex_unlock(&loop.desk.lock)
-        set_goal(loop, order.id, order.next, order.end, True)
-
-
-cdef bint advance(loop_t *loop, bint fresh) noexcept nogil:
-    """One step towards every goal that faults asked for just now, or (not `fresh`) towards one goal.
-
-    False when there was nothing to do, or nothing that can be done now.
-    """
-    cdef size_t i = 0
-    cdef bint did = False
-    loop.worker.since = 0
-    if fresh:
-        while i < loop.n_goals:
-            if loop.goals[i].fresh:
-                loop.goals[i].fresh = False
-                step(loop, i, &did)
-            i += 1
-        return did
-    while i < loop.n_goals and not did:
-        loop.turn += 1
-        step(loop, loop.turn % loop.n_goals, &did)
-        i += 1
-    return did
-
-
-cdef void step(loop_t *loop, size_t i, bint *did) noexcept nogil:
-    """One step towards a goal, which is dropped when it is reached or its region is gone."""
-    cdef goal_t *goal = &loop.goals[i]
-    cdef int ticket = enter(loop.desk.tree)
-    cdef entry_t entry
-    cdef served_t *served
-    cdef uint64_t first, limit, stop
-    cdef bint reached = True
-    if find(loop.desk.tree, goal.next, &entry) and entry.id == goal.id and entry.payload != NULL:
-        served = <served_t *>entry.payload
-        limit = (min(goal.end, entry.end) - entry.base) // PAGE_SIZE
-        first = first_missing(served, (goal.next - entry.base) // PAGE_SIZE, limit)
-        stop = limit
-        if first < limit:
-            stop = missing_end(served, first, min(limit, stop_of(&entry, served, first, limit)))
-            # A worker that is idle can do as well, while we go on.
-            if is_prompt(served, first, stop) and not (loop.crew.idle and is_idle(&loop.crew)):
-                first = fill(&loop.worker, &entry, served, first, stop, 0, 0, 0, False)
-            if first < stop and not is_busy(&loop.crew):
-                first = give(loop, &entry, served, first, stop, 0, 0, 0)
-            if first < stop:
-                goal.next = entry.base + first * PAGE_SIZE
-                leave(loop.desk.tree, ticket)
-                return
-        goal.next = entry.base + stop * PAGE_SIZE
-        reached = stop == limit
-    did[0] = True
-    leave(loop.desk.tree, ticket)
-    if reached:
-        loop.n_goals -= 1
-        loop.goals[i] = loop.goals[loop.n_goals]
-
-
-cdef bint is_idle(crew_t *crew) noexcept nogil:
-    return crew.queues[URGENT].given == crew.queues[URGENT].taken and (
-        crew.queues[AHEAD].given == crew.queues[AHEAD].taken)
-
-
-cdef bint is_busy(crew_t *crew) noexcept nogil:
-    """Whether the crew has enough to do ahead of need; then it will kick us when it has done some of it."""
-    cdef uint64_t enough = 2 * crew.n_workers
-    cdef queue_t *queue = &crew.queues[AHEAD]
-    if load_u64(&queue.given) - load_u64(&queue.taken) < enough:
-        return False
-    store_int(&crew.waited_for, 1)
-    return load_u64(&queue.given) - load_u64(&queue.taken) >= enough

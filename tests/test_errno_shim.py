@@ -588,7 +588,8 @@ def test_what_is_parked_is_tried_once_a_millisecond(shimmed: Shimmed, threads: i
         for page, toucher in touchers.items():
             assert toucher.result() == page_of(data, page)
         stats = settled(pages=threads)
-        assert stats["records"] == stats["latency"]["count"].sum() == threads
+        # When some of a read can be done and some cannot, one wake-up is for all: more faults than threads.
+        assert stats["latency"]["count"].sum() >= threads
         none(stats, "failed", "forgotten")
         """,
         threads=threads,

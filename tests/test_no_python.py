@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+import userfault._ahead
 import userfault._crew
 import userfault._errno
 import userfault._fill
@@ -25,6 +26,7 @@ import userfault._tree
 
 MODULES = {
     userfault._loop: ("run_loop",),
+    userfault._ahead: ("give", "set_goal", "take_orders", "advance"),
     userfault._fill: ("fill", "fail", "wake", "park", "count_latency", "is_prompt"),
     userfault._crew: ("hand", "run"),
     userfault._served: (

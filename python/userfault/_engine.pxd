@@ -1,5 +1,5 @@
+from userfault._ahead cimport loop_t
 from userfault._descriptor cimport Descriptor
-from userfault._loop cimport loop_t
 from userfault._regions cimport RegionTable
 
 
