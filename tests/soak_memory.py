@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,16 @@ def new_memory(n_bytes: int, protection: int = PROT_READ | PROT_WRITE) -> int:
     start = call("mmap", None, n_bytes, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     assert start is not None
     return start
+
+
+def move_memory(start: int, n_bytes: int, to: int, flags: int = 0) -> None:
+    """mremap to memory that is there already, mapping by mapping: several at once are refused."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(address, 16) for address in line.split(maxsplit=1)[0].split("-"))
+        first, last = max(first, start), min(last, start + n_bytes)
+        if first < last:
+            how = flags | MREMAP_MAYMOVE | MREMAP_FIXED
+            call("mremap", first, last - first, last - first, how, to + first - start)
 
 
 def as_array(start: int, n_bytes: int) -> np.ndarray:
@@ -154,6 +165,7 @@ class Piece:
         self.now = made.content.copy() if writers else made.content
         self.options: dict[str, Any] = {}
         self.users = 0
+        self.splitting = threading.Lock()  # held by who splits or moves its mapping
 
     @property
     def owner(self) -> uf.Userfaultfd:

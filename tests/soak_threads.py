@@ -29,8 +29,6 @@ from soak_memory import (
     MADV_HUGEPAGE,
     MADV_NOHUGEPAGE,
     MREMAP_DONTUNMAP,
-    MREMAP_FIXED,
-    MREMAP_MAYMOVE,
     PAGE,
     PROT_NONE,
     PROT_READ,
@@ -39,6 +37,7 @@ from soak_memory import (
     Piece,
     as_array,
     call,
+    move_memory,
     new_memory,
 )
 
@@ -266,35 +265,39 @@ class Thread(threading.Thread):
         # Not beside other memory: were that registered, and neither touched yet, the two would become one
         # mapping, and the kernel would unregister it (Linux 6.18).
         room = new_memory(n_bytes + 2 * PAGE, PROT_NONE)
-        flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
-        # EFAULT: the pages are in two mappings.
-        taken = call("mremap", start, n_bytes, n_bytes, flags, room + PAGE, allowed=(errno.EFAULT,))
-        if taken is not None:
-            got = as_array(taken, n_bytes).reshape(-1, PAGE)
-            for page in range(first, end):
-                # What was missing reads as zeros there; what was written was not missing.
-                there, at = got[page - first], slice(page * PAGE, (page + 1) * PAGE)
-                if there.any() or not np.array_equal(piece.now[at], piece.made.content[at]):
-                    self.same(piece, page, page + 1, "taken away", there)
-            piece.was_dropped(first, end)
+        with piece.splitting:
+            move_memory(start, n_bytes, room + PAGE, MREMAP_DONTUNMAP)
+        taken = as_array(room + PAGE, n_bytes).reshape(-1, PAGE)
+        for page in range(first, end):
+            # What was missing reads as zeros there; what was written was not missing.
+            there, at = taken[page - first], slice(page * PAGE, (page + 1) * PAGE)
+            if there.any() or not np.array_equal(piece.now[at], piece.made.content[at]):
+                self.same(piece, page, page + 1, "taken away", there)
+        piece.was_dropped(first, end)
         call("munmap", room, n_bytes + 2 * PAGE)
 
     def pin(self, piece: Piece, first: int, end: int) -> None:
         end = min(end, first + 64)
-        call("mlock", *piece.at(first, end), allowed=(errno.ENOMEM, errno.EAGAIN))
+        with piece.splitting:
+            call("mlock", *piece.at(first, end), allowed=(errno.ENOMEM, errno.EAGAIN))
         self.same(piece, first, end, "locked")
-        call("munlock", *piece.at(first, end))
+        with piece.splitting:
+            call("munlock", *piece.at(first, end))
 
     def protect(self, piece: Piece, first: int, end: int) -> None:
         """Two mappings more for a while."""
-        call("mprotect", *piece.at(first, end), PROT_READ)
+        with piece.splitting:
+            call("mprotect", *piece.at(first, end), PROT_READ)
         self.same(piece, first, end, "protected")
-        call("mprotect", *piece.at(first, end), PROT_READ | PROT_WRITE)
+        with piece.splitting:
+            call("mprotect", *piece.at(first, end), PROT_READ | PROT_WRITE)
 
     def advise(self, piece: Piece, first: int, end: int) -> None:
         advice = self.choose.choice((MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_COLLAPSE))
         allowed = (errno.EINVAL, errno.EAGAIN, errno.EBUSY, errno.ENOMEM)
-        call("madvise", *piece.at(first, end), advice, gil=self.choose.random() < 0.5, allowed=allowed)
+        gil = self.choose.random() < 0.5
+        with piece.splitting:
+            call("madvise", *piece.at(first, end), advice, gil=gil, allowed=allowed)
 
     def wake(self, piece: Piece, first: int, end: int) -> None:
         """For nothing."""
@@ -385,7 +388,7 @@ class Thread(threading.Thread):
         piece.region.unregister()
         piece.region.close()
         memory = new_memory(n_bytes)
-        call("mremap", piece.memory, n_bytes, n_bytes, MREMAP_MAYMOVE | MREMAP_FIXED, memory)
+        move_memory(piece.memory, n_bytes, memory)
         self.same(piece, 0, piece.pages, "moved", as_array(memory, n_bytes))
         call("madvise", memory, n_bytes, MADV_DONTNEED)
         made = self.soak.materials.make(self.choose, n_bytes)

