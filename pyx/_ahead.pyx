@@ -7,12 +7,12 @@ looks at the faults.
 
 from libc.stdint cimport int64_t, uint64_t
 
-from userfault._abi cimport load_int, load_u64, store_int
+from userfault._abi cimport load_int, load_u64, pthread_mutex_lock, pthread_mutex_unlock, store_int
 from userfault._crew cimport AHEAD, URGENT, crew_t, hand, job_t, queue_t
-from userfault._fill cimport fill, is_prompt, park, pthread_mutex_lock, pthread_mutex_unlock
+from userfault._fill cimport fill, is_prompt, park
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport HUGE_PAGES, first_missing, missing_end, served_t
-from userfault._tree cimport enter, entry_t, find, leave
+from userfault._tree cimport enter, entry_t, find, leave, tree_t
 
 
 cdef uint64_t give(loop_t *loop, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
@@ -22,7 +22,9 @@ cdef uint64_t give(loop_t *loop, const entry_t *entry, served_t *served, uint64_
     Returns how far it got."""
     cdef job_t job
     cdef uint64_t stop, page
-    job.id = served.id
+    job.space = loop.worker.space
+    job.served = served
+    job.base = entry.base
     job.since = loop.worker.since
     job.n_faults = n_faults
     while first < end:
@@ -31,7 +33,7 @@ cdef uint64_t give(loop_t *loop, const entry_t *entry, served_t *served, uint64_
         job.end = entry.base + stop * PAGE_SIZE
         job.want = entry.base + min(max(first, want), stop) * PAGE_SIZE
         job.want_end = entry.base + min(max(first, want_end), stop) * PAGE_SIZE
-        if not hand(&loop.crew, served, &job, first, stop):
+        if not hand(&loop.crew, &job, first, stop):
             for page in range(max(first, want), min(end, want_end)):
                 park(&loop.worker, served, entry.base + page * PAGE_SIZE, False)
             return first
@@ -54,12 +56,13 @@ cdef inline uint64_t stop_of(const entry_t *entry, const served_t *served, uint6
 
 
 cdef void set_goal(loop_t *loop, int64_t id, uint64_t next, uint64_t end, bint bulk) noexcept nogil:
-    """Fill the addresses [next, end) of the region when nothing else is to be done."""
+    """Fill the addresses [next, end) of the region, in the worker's space, when nothing else is to do."""
     cdef goal_t *goal
     cdef size_t i
     for i in range(loop.n_goals):
         goal = &loop.goals[i]
-        if goal.id == id and goal.bulk == bulk and next <= goal.end and goal.next <= end:
+        if (goal.space == loop.worker.space and goal.id == id and goal.bulk == bulk
+                and next <= goal.end and goal.next <= end):
             # A stream has come as far as `next`: what lies behind is nobody's goal any more.
             goal.next = min(goal.next, next) if bulk else next
             goal.end = max(goal.end, end)
@@ -74,6 +77,7 @@ cdef void set_goal(loop_t *loop, int64_t id, uint64_t next, uint64_t end, bint b
         goal = &loop.goals[loop.turn % GOALS]
         if goal.bulk:
             return
+    goal.space = loop.worker.space
     goal.id = id
     goal.next = next
     goal.end = end
@@ -89,6 +93,7 @@ cdef void take_orders(loop_t *loop) noexcept nogil:
         loop.n_orders -= 1
         order = loop.orders[loop.n_orders]
         pthread_mutex_unlock(&loop.desk.lock)
+        loop.worker.space = &loop.own
         set_goal(loop, order.id, order.next, order.end, True)
 
 
@@ -117,14 +122,16 @@ cdef bint advance(loop_t *loop, bint fresh) noexcept nogil:
 cdef void step(loop_t *loop, size_t i, bint *did) noexcept nogil:
     """One step towards a goal, which is dropped when it is reached or its region is gone."""
     cdef goal_t *goal = &loop.goals[i]
-    cdef int ticket = enter(loop.desk.tree)
+    cdef tree_t *tree = goal.space.tree
+    cdef int ticket = enter(tree)
     cdef entry_t entry
     cdef served_t *served
     cdef uint64_t first, limit, stop
     cdef bint reached = True
-    if find(loop.desk.tree, goal.next, &entry) and entry.id == goal.id and entry.payload != NULL:
+    loop.worker.space = goal.space
+    if find(tree, goal.next, &entry) and entry.id == goal.id and entry.payload != NULL:
         served = <served_t *>entry.payload
-        limit = (min(goal.end, entry.end) - entry.base) // PAGE_SIZE
+        limit = min((min(goal.end, entry.end) - entry.base) // PAGE_SIZE, served.n_pages)
         first = first_missing(served, (goal.next - entry.base) // PAGE_SIZE, limit)
         stop = limit
         if first < limit:
@@ -136,12 +143,12 @@ cdef void step(loop_t *loop, size_t i, bint *did) noexcept nogil:
                 first = give(loop, &entry, served, first, stop, 0, 0, 0)
             if first < stop:
                 goal.next = entry.base + first * PAGE_SIZE
-                leave(loop.desk.tree, ticket)
+                leave(tree, ticket)
                 return
         goal.next = entry.base + stop * PAGE_SIZE
         reached = stop == limit
     did[0] = True
-    leave(loop.desk.tree, ticket)
+    leave(tree, ticket)
     if reached:
         loop.n_goals -= 1
         loop.goals[i] = loop.goals[loop.n_goals]

@@ -9,14 +9,14 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
-from userfault._abi cimport add_int, c_write, load_u64, now, swap_int_if
-from userfault._fill cimport (
-    count_latency, desk_t, fill, free_stage, new_stage, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, wake, worker_t,
+from userfault._abi cimport (
+    add_int, c_write, load_u64, now, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, swap_int_if,
 )
+from userfault._fill cimport count_latency, desk_t, fill, free_stage, new_stage, wake, worker_t
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport clear_bits, served_t, set_bits
-from userfault._tree cimport entry_t, enter, find, leave
+from userfault._space cimport space_t
+from userfault._tree cimport enter, entry_t, find, leave, list_range, lock_tree, unlock_tree
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
@@ -85,6 +85,7 @@ cdef int hire(crew_t *crew) noexcept nogil:
     if worker == NULL:
         return -ENOMEM
     worker.desk = crew.desk
+    worker.guarded = True
     result = new_stage(worker)
     if result == 0:
         crew.workers[crew.n_workers] = worker
@@ -110,7 +111,7 @@ cdef void dismiss(crew_t *crew) noexcept nogil:
         free_stage(crew.workers[i])
 
 
-cdef bint hand(crew_t *crew, served_t *served, const job_t *job, uint64_t first, uint64_t end) noexcept nogil:
+cdef bint hand(crew_t *crew, const job_t *job, uint64_t first, uint64_t end) noexcept nogil:
     """Ask for the pages [first, end) of the region, of which none is coming. False: there is no room."""
     cdef queue_t *queue = &crew.queues[URGENT if job.want < job.want_end else AHEAD]
     cdef job_t *place
@@ -120,8 +121,9 @@ cdef bint hand(crew_t *crew, served_t *served, const job_t *job, uint64_t first,
     if room:
         place = &queue.jobs[queue.given % JOBS]
         place[0] = job[0]
-        place.skipped = load_u64(&served.skipped)
-        set_bits(served.coming, first, end)
+        place.skipped = load_u64(&job.served.skipped)
+        set_bits(job.served.coming, first, end)
+        add_int(&job.space.users, 1)
         queue.given += 1
         if crew.idle:
             pthread_cond_signal(&crew.work)
@@ -154,7 +156,9 @@ cdef void *run(void *argument) noexcept nogil:
         queue.taken += 1
         pthread_mutex_unlock(&crew.desk.lock)
         parked = worker.counters.parked
+        worker.space = job.space
         do(worker, &job)
+        add_int(&job.space.users, -1)
         # The reading thread, which may sleep without a timeout, tries again what was parked.
         if swap_int_if(&crew.waited_for, 1, 0) or worker.counters.parked != parked:
             c_write(crew.kick_fd, &one, sizeof(one))
@@ -164,32 +168,62 @@ cdef void *run(void *argument) noexcept nogil:
 
 
 cdef void do(worker_t *worker, const job_t *job) noexcept nogil:
+    cdef space_t *space = job.space
     cdef entry_t entry
     cdef served_t *served = NULL
     cdef uint64_t first, end, last, address = job.start, parked = worker.counters.parked
-    cdef int ticket = enter(worker.desk.tree)
+    cdef uint64_t changes = load_u64(&space.changes)
+    cdef int ticket = enter(space.tree)
     # Parts of the region may have been given up since; the first that was not begins at `address`.
     while address < job.end and served == NULL:
-        if find(worker.desk.tree, address, &entry) and entry.id == job.id and entry.payload != NULL:
-            served = <served_t *>entry.payload
-            # From here on whoever detaches the region waits for us, and no longer than for us.
-            add_int(&served.users, 1)
+        if find(space.tree, address, &entry) and is_of(job, &entry):
+            served = job.served
         else:
             address += PAGE_SIZE
-    leave(worker.desk.tree, ticket)
+    if served == NULL and space.hears_moves and next_piece(space, job.served, 0, &entry):
+        served = job.served  # all of it was moved or unmapped
+    if served != NULL:
+        # From here on whoever detaches the region waits for us, and no longer than for us.
+        add_int(&served.users, 1)
+    leave(space.tree, ticket)
     if served == NULL:
         # Closed, or given up. Whoever waits there asks again, and is told so.
         wake(worker, job.start, job.end)
         return
     worker.since = job.since
-    first = (job.start - entry.base) // PAGE_SIZE
-    end = (job.end - entry.base) // PAGE_SIZE
-    last = (min(job.end, entry.end) - entry.base) // PAGE_SIZE
-    fill(worker, &entry, served, (address - entry.base) // PAGE_SIZE, last,
-         (job.want - entry.base) // PAGE_SIZE, (job.want_end - entry.base) // PAGE_SIZE, 0, True)
+    first = (job.start - job.base) // PAGE_SIZE
+    end = (job.end - job.base) // PAGE_SIZE
+    last = end
+    if address < job.end:
+        last = (min(job.end, entry.end) - job.base) // PAGE_SIZE
+        fill(worker, &entry, served, (address - job.base) // PAGE_SIZE, last,
+             (job.want - job.base) // PAGE_SIZE, (job.want_end - job.base) // PAGE_SIZE, 0, True)
     clear_bits(served.coming, first, end)
     if address > job.start or last < end or load_u64(&served.skipped) != job.skipped:
         wake(worker, job.start, job.end)
+        if served.scattered or load_u64(&space.changes) != changes or address == job.end:
+            # Those who were left to us may wait at other addresses.
+            address = 0
+            while next_piece(space, served, address, &entry):
+                wake(worker, entry.start, entry.end)
+                address = entry.end
     if job.n_faults and worker.counters.parked == parked:
         count_latency(worker, served, job.n_faults, now() - job.since)
     add_int(&served.users, -1)
+
+
+cdef inline bint is_of(const job_t *job, const entry_t *entry) noexcept nogil:
+    return entry.payload == <void *>job.served and entry.base == job.base
+
+
+cdef bint next_piece(space_t *space, const served_t *served, uint64_t start, entry_t *entry) noexcept nogil:
+    """The first piece of the region at or after `start`; False when there is none."""
+    cdef size_t found = 1
+    while found:
+        lock_tree(space.tree)
+        found = list_range(space.tree, start, <uint64_t>1 << 62, entry, 1)
+        unlock_tree(space.tree)
+        if found and entry.payload == <void *>served:
+            return True
+        start = entry.end
+    return False

@@ -8,6 +8,9 @@ runs on a number that has been given to another file.
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t
 
+import os
+import weakref
+
 from userfault._abi cimport c_close, c_write, getpid
 from userfault._errno cimport error_for
 
@@ -17,6 +20,19 @@ cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd(unsigned int value, int flags)
     int EFD_CLOEXEC
     int EFD_NONBLOCK
+
+
+# What a fork child inherits and has no use for: it would hold the parent's userfaultfds, and those of other
+# children, open. Each has a method `leave_to_parent`.
+inherited = weakref.WeakSet()
+
+
+def leave_to_parent():
+    for one in inherited:
+        one.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=leave_to_parent)
 
 
 cdef class Descriptor:
@@ -36,6 +52,7 @@ cdef class Descriptor:
             raise error_for("eventfd", errno)
         self.borrowed = borrowed
         self.fd = fd  # from here on it is ours to close
+        inherited.add(self)
 
     def __dealloc__(self):
         if self.fd >= 0 and not self.borrowed:
@@ -44,6 +61,13 @@ cdef class Descriptor:
             c_close(self.closed_fd)
         if self.kick_fd >= 0:
             c_close(self.kick_fd)
+
+    def leave_to_parent(self):
+        """In a fork child: close what was inherited."""
+        for fd in (self.fd if not self.borrowed else -1, self.closed_fd, self.kick_fd):
+            if fd >= 0:
+                c_close(fd)
+        self.fd = self.closed_fd = self.kick_fd = -1
 
     cpdef int check(self) except -1:
         """The number. Raises ClosedError once closed, ForkedError in a fork child."""
@@ -96,10 +120,6 @@ cdef class Descriptor:
         if getpid() == self.pid:
             c_write(self.closed_fd, &one, sizeof(one))
             self.release()
-        elif not self.borrowed:
-            # Whatever else holds it in a child uses it for nothing.
-            c_close(self.fd)
-            self.fd = -1
 
     def reading(self):
         """How many reads are in progress."""

@@ -13,40 +13,55 @@ this, until no registered memory is left.
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.stdio cimport snprintf
+from libc.string cimport memcmp, memcpy, strlen
 
 import os
 import time
 
 import numpy as np
 
-from userfault._abi cimport aligned_alloc, c_close, getpid, load_int, msg_record, store_int, swap_int_if
+from userfault._abi cimport (
+    UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_UNMAP, WIRE_V2, add_int,
+    aligned_alloc, c_close, getpid, load_int, msg_record, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, store_int, swap_int_if,
+)
 from userfault._ahead cimport (
     ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t,
 )
+from userfault._books cimport FORK, decode_event, event_t
 from userfault._crew cimport MOST_WORKERS, dismiss, free_crew, hire, new_crew, pthread_t, start_thread
 from userfault._descriptor cimport Descriptor
 from userfault._errno cimport error_for
 from userfault._fill cimport (
     ERRNOS, FAILURES, LATENCIES, PARKED, counters_t, failure_t, free_stage, new_stage, parked_t,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
 )
 from userfault._ioctl cimport PAGE_SIZE, uffd_wake
 from userfault._loop cimport run_loop
 from userfault._regions cimport RegionTable
-from userfault._served cimport Served
-from userfault._tree cimport empty, set_payload
+from userfault._served cimport Served, served_t
+from userfault._space cimport copy_of, poison_missing, space_t
+from userfault._tree cimport (
+    advance, empty, entry_t, list_range, lock_tree, set_payload, tree_t, unlock_tree,
+)
 
 from userfault._consts import DTYPES, WIRES
+from userfault._descriptor import inherited
 from userfault._fill import bucket_start
 from userfault.errors import BusyError, ClosedError, RangeError, SourceError, UffdError
 
 cdef extern from "<pthread.h>" nogil:
-    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
     int pthread_detach(pthread_t thread)
 
 cdef extern from "<unistd.h>" nogil:
     int gettid()
+    ssize_t readlink(const char *path, char *target, size_t room)
+
+cdef extern from "<stdlib.h>" nogil:
+    int atexit(void (*function)() noexcept nogil)
+
+DEF END = 1 << 62        # past all memory
+cdef const char *USERFAULTFD = "anon_inode:[userfaultfd]"
 
 STAGES = ("no source serves it", "its source failed", "the kernel refused it")
 PLACEMENTS = ("spin", "any", "pair")
@@ -54,7 +69,8 @@ PLACEMENTS = ("spin", "any", "pair")
 LATENCY_DTYPE = np.dtype([("from_ns", "<u8"), ("count", "<u8")])
 COUNTERS = (
     "reads", "records", "duplicates", "coming", "runs", "pages", "bytes", "ahead", "moved", "ioctls",
-    "existing", "forgotten", "parked", "failed", "unprotected", "unknown", "handed")
+    "existing", "forgotten", "parked", "failed", "unprotected", "unknown", "handed",
+    "forks", "remaps", "removes", "unmaps")
 STATS_DTYPE = np.dtype([(name, "<u8") for name in COUNTERS]
                        + [("errors", "<u8", (ERRNOS,)), ("latency", LATENCY_DTYPE, (LATENCIES,))])
 FAILURE_DTYPE = np.dtype([("address", "<u8"), ("region", "<i8"), ("offset", "<i8"), ("errno", "<i4"),
@@ -71,6 +87,8 @@ cdef void *read_and_serve(void *argument) noexcept nogil:
     result = run_loop(loop)
     store_int(&loop.state, GONE)
     dismiss(&loop.crew)
+    # With no child left there is nobody to ask; after a failed read their threads fail closed.
+    end_children(loop)
     with gil:
         engine = <Engine>argument
         (<Engine>engine).error = -result
@@ -83,10 +101,15 @@ cdef class Engine:
     """Serves the faults of one userfaultfd from what the table's payloads name."""
 
     def __cinit__(self, Descriptor descriptor not None, RegionTable table not None, api, bint can_poison,
-                  bint can_move):
+                  bint can_move, uint64_t events):
         cdef loop_t *loop = &self.loop
         self.pid = getpid()
-        loop.desk.pagemap = -1
+        loop.own.pagemap = loop.epoll = -1
+        loop.own.own = True
+        loop.own.hears_events = events != 0
+        loop.own.hears_moves = events & (UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_UNMAP) != 0
+        loop.own.hears_unmap = events & UFFD_FEATURE_EVENT_UNMAP != 0
+        self.hears_forks = events & UFFD_FEATURE_EVENT_FORK != 0
         loop.state = GONE
         self.finished = True
         self.keep = {}
@@ -95,11 +118,13 @@ cdef class Engine:
         self.can_move = can_move
         loop.wire = WIRES[api]
         loop.kick_fd = descriptor.kick_fd
-        loop.desk.tree = &table.tree
+        loop.own.tree = &table.tree
         loop.desk.can_poison = can_poison
         loop.worker.desk = &loop.desk
+        loop.worker.space = &loop.own
         loop.may_spin = len(os.sched_getaffinity(0)) > 1
         pthread_mutex_init(&loop.desk.lock, NULL)
+        pthread_mutex_init(&loop.desk.layout, NULL)
         loop.records = <char *>aligned_alloc(4096, CAPACITY * sizeof(msg_record))
         loop.pages = <uint64_t *>calloc(CAPACITY, sizeof(uint64_t))
         loop.due = <due_t *>calloc(MOST_DUE, sizeof(due_t))
@@ -113,17 +138,20 @@ cdef class Engine:
         if new_crew(&loop.crew, &loop.desk, descriptor.kick_fd) != 0 or new_stage(&loop.worker) != 0:
             raise MemoryError
         try:
-            loop.desk.pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            loop.own.pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             pass  # read-ahead learns of dropped pages one by one, and nothing is moved
+        inherited.add(self)
 
     def __dealloc__(self):
         cdef loop_t *loop = &self.loop
         if self.pid == getpid():
             # A fork child has no stage (DONTFORK), and may have other memory there.
             free_stage(&loop.worker)
-        if loop.desk.pagemap >= 0:
-            c_close(loop.desk.pagemap)
+        if loop.own.pagemap >= 0:
+            c_close(loop.own.pagemap)
+        if loop.epoll >= 0:
+            c_close(loop.epoll)
         free_crew(&loop.crew)
         free(loop.records)
         free(loop.pages)
@@ -143,11 +171,13 @@ cdef class Engine:
         cdef int err
         if self.descriptor.readers and not as_keeper:
             raise BusyError("an EventReader is in read(): let it return first")
-        self.loop.desk.fd = self.descriptor.hold()
+        self.loop.own.fd = self.descriptor.hold()
         self.loop.state = KEEPER if as_keeper else SERVING
         self.finished = False
         self.buffers = buffers
         self.descriptor.served += 1
+        self.loop.next = live.next
+        live.next = &self.loop
         Py_INCREF(self)
         err = start_thread(&thread, read_and_serve, <void *>self)
         if err:
@@ -160,6 +190,7 @@ cdef class Engine:
     cdef void finish(self) noexcept:
         self.loop.state = GONE
         self.finished = True
+        delist(&self.loop)
         self.buffers = None
         self.descriptor.served -= 1
         self.descriptor.release()
@@ -168,7 +199,7 @@ cdef class Engine:
         """Faults that somebody read and did not resolve are delivered again only after a wake."""
         cdef uint64_t start, length
         for start, length, _, _ in self.table.ranges().tolist():
-            uffd_wake(self.loop.desk.fd, start, length)
+            uffd_wake(self.loop.own.fd, start, length)
 
     def adopt(self):
         """Serve a service (again); False when the thread is gone, or about to go."""
@@ -186,11 +217,11 @@ cdef class Engine:
         self.descriptor.kick()
 
     def retire(self):
-        """Become the keeper; wait for the thread to end as long as no registered memory is left to keep."""
+        """Become the keeper; wait for the thread to end as long as there is nothing left to keep."""
         store_int(&self.loop.placement, ANY)  # give a lease back
         swap_int_if(&self.loop.state, SERVING, KEEPER)
         self.descriptor.kick()
-        while empty(&self.table.tree) and not self.finished:
+        while empty(&self.table.tree) and not self.children and not self.finished:
             time.sleep(200e-6)
 
     def attach(self, uint64_t start, uint64_t length, Served served not None):
@@ -209,7 +240,7 @@ cdef class Engine:
             raise SourceError(f"the source has {served.c.source.size} bytes, the region {length}: "
                               "map no more than the source fills")
         self.keep[region] = served
-        if not set_payload(&self.table.tree, start, start + length, region, &served.c):
+        if not give_payload(&self.table.tree, start, start + length, region, &served.c):
             del self.keep[region]
             raise RangeError("the region is no longer registered")
 
@@ -217,23 +248,70 @@ cdef class Engine:
         """Let go of one region's source; when it returns, the engine uses it no more."""
         served = self.keep.get(region)
         if served is not None:
-            set_payload(&self.table.tree, start, start + length, region, NULL)
-            self.table.quiesce()
-            wait_for_workers(served)
-            self.keep.pop(region, None)
+            if self.loop.own.hears_moves:
+                start, length = 0, END
+            give_payload(&self.table.tree, start, start + length, region, NULL)
+            self.let_go([served])
 
     def detach_all(self):
         """Take no new ones, and let go of every source; when it returns, the engine uses none of them."""
-        cdef uint64_t start, length
         swap_int_if(&self.loop.state, SERVING, KEEPER)
-        kept = list(self.keep.items())
-        for start, length, region, _ in self.table.ranges().tolist():
-            if region in self.keep:
-                set_payload(&self.table.tree, start, start + length, region, NULL)
-        self.table.quiesce()
-        for region, served in kept:
-            wait_for_workers(served)
-            self.keep.pop(region, None)
+        kept = list(self.keep.values())
+        # Until there is none: what is moved meanwhile may be passed over.
+        while drop_payloads(&self.table.tree):
+            pass
+        self.let_go(kept)
+
+    cdef int let_go(self, kept) except -1:
+        """Wait until nobody uses the sources of the regions, which our own memory has no more; fork children
+        lose them too."""
+        cdef space_t *space
+        cdef served_t *copy
+        cdef Served served
+        quiesce(&self.table.tree)
+        for served in kept:
+            wait_for_workers(&served.c)
+        # A child that was being adopted meanwhile is in the list before the layout's lock is to be had.
+        space = pin_child(&self.loop, NULL)
+        while space != NULL:
+            for served in kept:
+                give_payload(space.tree, 0, END, served.c.id, NULL)
+            quiesce(space.tree)
+            for served in kept:
+                copy = copy_of(space, &served.c)
+                if copy != NULL:
+                    wait_for_workers(copy)
+            space = pin_child(&self.loop, space)
+        for served in kept:
+            self.keep.pop(served.c.id, None)
+
+    def settle(self):
+        """Wait until the books say what every event says that was read so far."""
+        if self.loop.own.hears_events and self.pid == getpid():
+            with nogil:
+                pthread_mutex_lock(&self.loop.desk.layout)
+                pthread_mutex_unlock(&self.loop.desk.layout)
+
+    def leave_to_parent(self):
+        """In a fork child: close what was inherited."""
+        cdef loop_t *loop = &self.loop
+        cdef space_t *space = loop.children
+        cdef event_t event
+        cdef size_t record = 16 if loop.wire == WIRE_V2 else sizeof(msg_record), i, n
+        while space != NULL:
+            c_close(space.fd)
+            space = space.next
+        # A child of which the parent's thread had only just read.
+        n = CAPACITY if self.hears_forks else 0
+        for i in range(n):
+            if decode_event(loop.wire, loop.records + i * record, &event) == FORK:
+                close_userfaultfd(event.fd)
+        loop.children = NULL
+        loop.n_children = 0
+        for fd in (loop.own.pagemap, loop.epoll):
+            if fd >= 0:
+                c_close(fd)
+        loop.own.pagemap = loop.epoll = loop.own.fd = -1
 
     def order(self, uint64_t start, uint64_t length, int64_t region):
         """Have [start, start + length) of the region filled; False: too many orders wait already.
@@ -259,7 +337,12 @@ cdef class Engine:
     @property
     def pagemap(self):
         """The number of the engine's /proc/self/pagemap, -1 where there is none."""
-        return self.loop.desk.pagemap
+        return self.loop.own.pagemap
+
+    @property
+    def children(self):
+        """How many fork children are served."""
+        return load_int(&self.loop.n_children)
 
     @property
     def workers(self):
@@ -311,10 +394,65 @@ cdef class Engine:
 BUCKET_STARTS = np.array([bucket_start(i) for i in range(LATENCIES)], np.uint64)
 
 
-cdef object wait_for_workers(Served served):
+cdef int wait_for_workers(served_t *served) except -1:
     """Worker threads that took up a job of it before it was let go come to its end."""
-    while load_int(&served.c.users):
+    while load_int(&served.users):
         time.sleep(20e-6)
+
+
+cdef uint64_t give_payload(tree_t *tree, uint64_t start, uint64_t end, int64_t id, void *payload) except? 0:
+    """`set_payload` as one step of its own: the bytes that have the payload now."""
+    cdef uint64_t total
+    cdef int error
+    lock_tree(tree)
+    error = set_payload(tree, start, end, id, payload, &total)
+    unlock_tree(tree)
+    if error:
+        raise MemoryError
+    return total
+
+
+cdef size_t drop_payloads(tree_t *tree) except? 0:
+    """How many pieces had one."""
+    cdef entry_t entry
+    cdef uint64_t at = 0
+    cdef size_t found = 1, n = 0
+    while found:
+        lock_tree(tree)
+        found = list_range(tree, at, END, &entry, 1)
+        unlock_tree(tree)
+        if found and entry.payload != NULL:
+            give_payload(tree, entry.start, entry.end, entry.id, NULL)
+            n += 1
+        at = entry.end
+    return n
+
+
+cdef object quiesce(tree_t *tree):
+    """Wait until every reader that is inside now has left, and so lets go of the payloads it found."""
+    cdef uint64_t target = tree.epoch + 2
+    while True:
+        lock_tree(tree)
+        advance(tree)
+        unlock_tree(tree)
+        if tree.epoch >= target:
+            return
+        time.sleep(20e-6)
+
+
+# -- fork children -------------------------------------------------------------------------------------
+
+cdef space_t *pin_child(loop_t *loop, space_t *last) noexcept nogil:
+    """The child after `last` (the first after NULL), which stays there until it is `last`; or NULL."""
+    cdef space_t *space
+    pthread_mutex_lock(&loop.desk.layout)
+    space = loop.children if last == NULL else last.next
+    if space != NULL:
+        add_int(&space.users, 1)
+    if last != NULL:
+        add_int(&last.users, -1)
+    pthread_mutex_unlock(&loop.desk.layout)
+    return space
 
 
 cdef object no_thread(int err):
@@ -325,3 +463,43 @@ cdef object no_thread(int err):
 cdef object oldest_first(ring, uint64_t total):
     cdef size_t n = len(ring)
     return ring[:total].copy() if total <= n else np.roll(ring, -<Py_ssize_t>(total % n))
+
+
+cdef void end_children(loop_t *loop) noexcept nogil:
+    """What the children still miss fails closed: without us they would read zeros."""
+    cdef space_t *space = pin_child(loop, NULL)
+    while space != NULL:
+        if not space.gone:
+            poison_missing(space)
+        space = pin_child(loop, space)
+
+
+cdef void delist(loop_t *loop) noexcept nogil:
+    cdef loop_t *before = &live
+    while before.next != loop:
+        before = before.next
+    before.next = loop.next
+
+
+cdef void farewell() noexcept nogil:
+    """At the process's end, when nothing of Python is left: its fork children will not be served any more."""
+    cdef loop_t *loop = live.next
+    while loop != NULL and getpid() == live_pid:
+        end_children(loop)
+        loop = loop.next
+
+
+cdef loop_t live        # the head of a list of the loops that run
+cdef int live_pid = getpid()
+atexit(farewell)
+
+
+cdef void close_userfaultfd(int fd) noexcept nogil:
+    """Close the descriptor if that is what it still is."""
+    cdef char path[64]
+    cdef char target[32]
+    cdef ssize_t n
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)
+    n = readlink(path, target, sizeof(target))
+    if n == <ssize_t>strlen(USERFAULTFD) and memcmp(target, USERFAULTFD, n) == 0:
+        c_close(fd)

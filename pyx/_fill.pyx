@@ -5,21 +5,23 @@ already is filled into it and copied from there; a whole huge page is moved from
 instead, which costs no copy and leaves the region mapped huge.
 """
 
-from libc.errno cimport EAGAIN, EBUSY, EFAULT, EINVAL, EIO, ENODATA, errno
+from libc.errno cimport EAGAIN, EBUSY, EFAULT, EINVAL, EIO, ENODATA, ENOENT, errno
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport abort
 from libc.string cimport memcpy, memset
 
 from userfault cimport _abi
-from userfault._abi cimport PAGE_IS_HUGE, PAGEMAP_SCAN, count, ioctl, now, page_region, pm_scan_arg, store_int
-from userfault._abi cimport store_u64
+from userfault._abi cimport (
+    PAGE_IS_HUGE, PAGEMAP_SCAN, count, ioctl, now, page_region, pm_scan_arg, pthread_mutex_lock,
+    pthread_mutex_unlock, store_int, store_u64,
+)
 from userfault._errno cimport FORGET, NEXT, PARK, POISON, RETRY, STOP, decide
 from userfault._ioctl cimport (
     PAGE_SIZE, uffd_copy, uffd_move, uffd_poison, uffd_wake, uffd_writeprotect, uffd_zeropage,
 )
 from userfault._served cimport HUGE_PAGES, REGION_LATENCIES, served_t, set_bits
 from userfault._source cimport source_t
-from userfault._tree cimport entry_t
+from userfault._tree cimport enter, entry_t, find, leave
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
@@ -89,7 +91,7 @@ cdef bint stage_is_huge(worker_t *worker) noexcept nogil:
     scan.vec = <uintptr_t>&found
     scan.vec_len = 1
     scan.category_mask = scan.return_mask = PAGE_IS_HUGE
-    return (ioctl(worker.desk.pagemap, PAGEMAP_SCAN, &scan) == 1
+    return (ioctl(worker.space.pagemap, PAGEMAP_SCAN, &scan) == 1
             and found.end - found.start == STAGE_BYTES)
 
 
@@ -145,6 +147,35 @@ cdef int bring(worker_t *worker, const source_t *source, uint64_t offset, uint64
     if result > 0:
         return -ENODATA  # a short fill
     return result if result > -MOST_ERRNO else -EIO
+
+
+# -- the layout -----------------------------------------------------------------------------------------
+
+cdef inline bint claim(worker_t *worker, const entry_t *entry, const served_t *served, uint64_t address,
+                       uint64_t length) noexcept nogil:
+    """Whether the books still say what `entry` says of the range. If so that cannot change until `disclaim`.
+
+    A region may be moved, and another take its place, as soon as the event has been read: by the reading
+    thread, which therefore need not ask. While an event waits to be read the kernel fills nothing (EAGAIN).
+    """
+    cdef entry_t found
+    cdef int ticket
+    cdef bint same
+    if not (worker.guarded and worker.space.hears_moves):
+        return True
+    pthread_mutex_lock(&worker.desk.layout)
+    ticket = enter(worker.space.tree)
+    same = (find(worker.space.tree, address, &found) and found.base == entry.base
+            and found.payload == <const void *>served and address + length <= found.end)
+    leave(worker.space.tree, ticket)
+    if not same:
+        pthread_mutex_unlock(&worker.desk.layout)
+    return same
+
+
+cdef inline void disclaim(worker_t *worker) noexcept nogil:
+    if worker.guarded and worker.space.hears_moves:
+        pthread_mutex_unlock(&worker.desk.layout)
 
 
 # -- filling -------------------------------------------------------------------------------------------
@@ -223,7 +254,11 @@ cdef int move(worker_t *worker, const entry_t *entry, served_t *served, uint64_t
     result = bring(worker, &served.source, first * PAGE_SIZE, STAGE_BYTES, may_wait)
     if result != 0:
         return -EAGAIN if result == -EAGAIN and not may_wait else -EBUSY
-    result = uffd_move(worker.desk.fd, address, <uintptr_t>worker.stage, STAGE_BYTES, mode, &done)
+    done = 0
+    if not claim(worker, entry, served, address, STAGE_BYTES):
+        return -EBUSY
+    result = uffd_move(worker.space.fd, address, <uintptr_t>worker.stage, STAGE_BYTES, mode, &done)
+    disclaim(worker)
     worker.counters.ioctls += 1
     count(&served.counters.ioctls, 1)
     came(worker, served, first, done // PAGE_SIZE, want, want_end)
@@ -254,11 +289,16 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         step = end - first
         while True:
             address = entry.base + first * PAGE_SIZE
-            if source:
-                result = uffd_copy(worker.desk.fd, address, origin + first * PAGE_SIZE, step * PAGE_SIZE,
+            if not claim(worker, entry, served, address, step * PAGE_SIZE):
+                result = -ENOENT
+                done = 0
+            elif source:
+                result = uffd_copy(worker.space.fd, address, origin + first * PAGE_SIZE, step * PAGE_SIZE,
                                    mode, &done)
+                disclaim(worker)
             else:
-                result = uffd_zeropage(worker.desk.fd, address, step * PAGE_SIZE, mode, &done)
+                result = uffd_zeropage(worker.space.fd, address, step * PAGE_SIZE, mode, &done)
+                disclaim(worker)
             worker.counters.ioctls += 1
             count(&served.counters.ioctls, 1)
             done //= PAGE_SIZE
@@ -286,7 +326,7 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         if decision == NEXT:
             # Somebody else brought the page: its faulting thread may still sleep.
             set_bits(served.resident, first, first + 1)
-            uffd_wake(worker.desk.fd, address, PAGE_SIZE)
+            uffd_wake(worker.space.fd, address, PAGE_SIZE)
             worker.counters.ioctls += 1
             count(&served.counters.ioctls, 1)
             worker.counters.existing += 1
@@ -302,6 +342,26 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         else:
             store_u64(&served.kernel_error, -result)
         first += 1
+
+
+cdef void fill_grown(worker_t *worker, const entry_t *entry, uint64_t page, uint64_t mode) noexcept nogil:
+    """Zeros, as mremap(2) promises, for a page by which a region grew beyond what it was served as."""
+    cdef uint64_t done
+    cdef int result = uffd_zeropage(worker.space.fd, page, PAGE_SIZE, mode, &done), decision
+    worker.counters.ioctls += 1
+    worker.counters.runs += 1
+    if result == 0:
+        worker.counters.pages += 1
+        worker.counters.bytes += PAGE_SIZE
+        return
+    note(worker, result)
+    decision = decide(-result)
+    if decision == PARK:
+        park(worker, NULL, page, False)
+    elif decision == POISON:
+        fail(worker, entry, NULL, page, -result, RESOLVE)
+    else:
+        wake(worker, page, page + PAGE_SIZE)
 
 
 cdef inline void came(worker_t *worker, served_t *served, uint64_t first, uint64_t n, uint64_t want,
@@ -343,6 +403,7 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
                int stage) noexcept nogil:
     """Let the page fail closed, and note why. `entry` and `served` are NULL where there is none."""
     cdef desk_t *desk = worker.desk
+    cdef int fd = worker.space.fd
     cdef uint64_t done
     cdef int result, decision = POISON
     cdef failure_t *failure
@@ -351,7 +412,10 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
         done = (page - entry.base) // PAGE_SIZE
         set_bits(served.resident, done, done + 1)
     if desk.can_poison:
-        result = uffd_poison(desk.fd, page, PAGE_SIZE, 0, &done)
+        result = -ENOENT
+        if claim(worker, entry, served, page, PAGE_SIZE):
+            result = uffd_poison(fd, page, PAGE_SIZE, 0, &done)
+            disclaim(worker)
         worker.counters.ioctls += 1
         decision = RETRY
         if result != 0:
@@ -362,8 +426,8 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
             return
         if decision == NEXT:
             # A page, or the marker of a write-protected one that is missing, which must go first.
-            uffd_writeprotect(desk.fd, page, PAGE_SIZE, 0)
-            uffd_wake(desk.fd, page, PAGE_SIZE)
+            uffd_writeprotect(fd, page, PAGE_SIZE, 0)
+            uffd_wake(fd, page, PAGE_SIZE)
             worker.counters.ioctls += 2
             worker.counters.existing += 1
             return
@@ -371,7 +435,8 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
             worker.counters.forgotten += 1
             wake(worker, page, page + PAGE_SIZE)
             return
-    if not desk.can_poison or decision == POISON:
+    # Nothing else makes a fork child's page fail: there its thread sleeps on.
+    if worker.space.own and (not desk.can_poison or decision == POISON):
         # Before Linux 6.6, or refused. Each page splits the mapping; when there are no more mappings
         # to be had, all that is left of the region goes. Waiting for ever is no choice, zeros are none.
         if mprotect(<void *>page, PAGE_SIZE, PROT_NONE) != 0 and (
@@ -379,7 +444,7 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
                 or mprotect(<void *>entry.start, entry.end - entry.start, PROT_NONE) != 0):
             _abi.c_write(2, LAST_WORDS, sizeof(LAST_WORDS) - 1)
             abort()
-        uffd_wake(desk.fd, page, PAGE_SIZE)
+        uffd_wake(fd, page, PAGE_SIZE)
         worker.counters.ioctls += 1
     worker.counters.failed += 1
     if served != NULL:
@@ -405,19 +470,22 @@ cdef void park(worker_t *worker, served_t *served, uint64_t page, bint protected
     pthread_mutex_lock(&desk.lock)
     room = desk.n_parked < PARKED
     if room:
+        desk.parked[desk.n_parked].space = worker.space
         desk.parked[desk.n_parked].page = page
         desk.parked[desk.n_parked].since = worker.since
         desk.parked[desk.n_parked].protected = protected
         desk.n_parked += 1
-    else:
+    elif worker.space.own:
         desk.lost_from = min(desk.lost_from, page) if desk.lost_to else page
         desk.lost_to = max(desk.lost_to, page + PAGE_SIZE)
     pthread_mutex_unlock(&desk.lock)
+    if not room and not worker.space.own:
+        wake(worker, page, page + PAGE_SIZE)
 
 
 cdef void wake(worker_t *worker, uint64_t start, uint64_t end) noexcept nogil:
     """Whoever sleeps in [start, end) looks again."""
-    uffd_wake(worker.desk.fd, start, end - start)
+    uffd_wake(worker.space.fd, start, end - start)
     worker.counters.ioctls += 1
 
 

@@ -4,36 +4,42 @@ Its parts run without the GIL and allocate nothing. It never waits for a source:
 at once goes to the crew (_ahead).
 """
 
-from libc.errno cimport EAGAIN, EINTR, ENODATA, errno
+from libc.errno cimport EAGAIN, EINTR, EMFILE, ENFILE, ENODATA, errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
 from userfault cimport _abi
 from userfault._abi cimport (
     UFFDIO_MODE_DONTWAKE, add_u64, c_read, count, load_int, msg_record, now, pollfd, ppoll,
-    swap_int_if, timespec,
+    pthread_mutex_lock, pthread_mutex_unlock, swap_int_if, timespec,
 )
 from userfault._ahead cimport (
     CAPACITY, GONE, KEEPER, MOST_DUE, PAIR, SPIN, UNKNOWNS, loop_t, advance, give, set_goal, take_orders,
 )
+from userfault._books cimport find_grown
 from userfault._fill cimport (
-    NO_SOURCE, count_latency, fail, fill, is_prompt, parked_t, park, pthread_mutex_lock,
-    pthread_mutex_unlock, wake,
+    NO_SOURCE, count_latency, fail, fill, fill_grown, is_prompt, park, parked_t, wake,
 )
+from userfault._follow cimport ask, epoll_event, find_room, hear
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
 from userfault._lease cimport lease_end, lease_expire, lease_held, lease_saw, lease_saw_many
 from userfault._served cimport (
     HUGE_PAGES, clear_bits, first_missing, is_set, look_ahead, missing_end, resync, served_t,
 )
+from userfault._space cimport space_t
 from userfault._tree cimport empty, enter, entry_t, find, leave
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
+cdef extern from "<sys/epoll.h>" nogil:
+    int epoll_wait(int epoll, epoll_event *events, int room, int milliseconds)
+
 DEF RETRY_NS = 1000000     # until what was parked is tried again
 DEF SPIN_NS = 200000       # without a fault, until the thread sleeps
 DEF LEASE_NS = 10000000    # until a lease is looked after
 DEF RECHECK = 512          # pages about a fault that contradicts what is known of them
+DEF CHILDREN = 32         # served between two looks at our own faults
 DEF LONG_RUN = 16          # pages: their threads are woken at once, and more are not waited for
 
 
@@ -56,40 +62,36 @@ cdef void sort(uint64_t *values, size_t n) noexcept nogil:
 
 cdef int run_loop(loop_t *loop) noexcept nogil:
     """Until the keeper has nothing left to keep (0), or the descriptor fails (-errno)."""
-    cdef size_t record = 8 if loop.wire == _abi.WIRE_V1 else 16 if loop.wire == _abi.WIRE_V2 else 32
-    cdef pollfd fds[2]
+    cdef pollfd fds[3]
     cdef timespec timeout
     cdef const timespec *patience
     cdef uint64_t kicks
-    cdef int64_t since = 0, last = 0
+    cdef int64_t since = 0, last = 0, most
     cdef bint keen = False, alone = False
     cdef ssize_t got
     cdef int err, ready
-    timeout.tv_sec = 0
-    fds[0].fd = loop.desk.fd
+    fds[0].fd = loop.own.fd
     fds[1].fd = loop.kick_fd
-    fds[0].events = fds[1].events = _abi.POLLIN
+    fds[0].events = fds[1].events = fds[2].events = _abi.POLLIN
     while True:
-        if load_int(&loop.state) == KEEPER and empty(loop.desk.tree):
+        if load_int(&loop.state) == KEEPER and empty(loop.own.tree) and loop.children == NULL:
             if swap_int_if(&loop.state, KEEPER, GONE):
                 lease_end(&loop.lease)
                 return 0
         # Reading first saves the poll whenever faults keep coming. Not so where the one thread that
         # faults shares our processor, and has not run yet.
-        got = -1
-        err = EAGAIN
+        got = -EAGAIN
         if not alone:
-            got = c_read(loop.desk.fd, loop.records, CAPACITY * record)
-            err = errno
+            got = attend(loop, &loop.own)
         if got > 0:
-            since = now()
+            since = loop.worker.since
             # Worth waiting for the next, awake?
             keen = since - last < 2 * SPIN_NS
             last = since
-            loop.worker.counters.reads += 1
-            serve(loop, decode(loop, got // record), since)
             pair(loop, since)
-            alone = loop.lease.held and got == <ssize_t>record
+            alone = loop.lease.held and got == 1
+            if loop.children != NULL:
+                tend(loop)
             # All that is not urgent gets its turn even while faults never stop coming.
             if since - loop.unparked > RETRY_NS:
                 loop.unparked = since
@@ -99,11 +101,19 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             advance(loop, True)
             continue
         alone = False
-        if got < 0 and err == EINTR:
+        if got == -EINTR:
             continue
-        if got == 0 or err != EAGAIN:
+        if got != -EAGAIN:
             lease_end(&loop.lease)
-            return -err if got < 0 else -ENODATA
+            return got if got < 0 else -ENODATA
+        if loop.children != NULL:
+            if now() - loop.asked > loop.patience:
+                ask(loop)
+            if tend(loop):
+                last = now()
+                keen = True
+                advance(loop, True)
+                continue
         take_orders(loop)
         unpark_in_time(loop)
         if advance(loop, False):
@@ -114,12 +124,20 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             continue
         keen = False
         patience = NULL
-        if loop.desk.n_parked or lease_held(&loop.lease):
+        most = 0
+        if loop.desk.n_parked:
+            most = RETRY_NS
+        elif lease_held(&loop.lease):
             # What is left of a lease that has ended is one more look at who inherited it, much later.
-            timeout.tv_nsec = (RETRY_NS if loop.desk.n_parked else LEASE_NS if loop.lease.held
-                               else 10 * LEASE_NS)
+            most = LEASE_NS if loop.lease.held else 10 * LEASE_NS
+        if loop.children != NULL:
+            most = min(most, loop.patience) if most else loop.patience
+        if most:
+            timeout.tv_sec = most // 1000000000
+            timeout.tv_nsec = most % 1000000000
             patience = &timeout
-        ready = ppoll(fds, 2, patience, NULL)
+        fds[2].fd = loop.epoll
+        ready = ppoll(fds, 3, patience, NULL)
         if ready < 0 and errno != EINTR:
             err = errno
             lease_end(&loop.lease)
@@ -145,8 +163,43 @@ cdef void pair(loop_t *loop, int64_t since) noexcept nogil:
         lease_saw_many(&loop.lease, since)
 
 
+cdef ssize_t attend(loop_t *loop, space_t *space) noexcept nogil:
+    """Read what is pending in a space, and serve it. How many records there were, or -errno."""
+    cdef size_t record = 8 if loop.wire == _abi.WIRE_V1 else 16 if loop.wire == _abi.WIRE_V2 else 32
+    cdef size_t n_faults = 0
+    cdef ssize_t got
+    loop.worker.space = space
+    if space.hears_events:
+        pthread_mutex_lock(&loop.desk.layout)
+    got = c_read(space.fd, loop.records, CAPACITY * record)
+    if got < 0:
+        got = -errno
+    elif got > 0:
+        loop.worker.since = now()
+        loop.worker.counters.reads += 1
+        got //= record
+        n_faults = decode(loop, got)
+    if space.hears_events:
+        pthread_mutex_unlock(&loop.desk.layout)
+    if got == -EMFILE or got == -ENFILE:
+        find_room(loop)
+        return -EINTR
+    serve(loop, n_faults, loop.worker.since)
+    return got
+
+
+cdef bint tend(loop_t *loop) noexcept nogil:
+    """Serve what is pending in the children's spaces. False: nothing was."""
+    cdef epoll_event ready[CHILDREN]
+    cdef int i, n = epoll_wait(loop.epoll, ready, CHILDREN, 0)
+    for i in range(n):
+        attend(loop, <space_t *>ready[i].data.ptr)
+    return n > 0
+
+
 cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
-    """The pages of the page faults among n records, into `pages`; other records are kept."""
+    """The pages of the page faults among n records, into `pages`. Events are heeded before any fault: the
+    kernel lets faults overtake them. Other records are kept."""
     cdef uint64_t page = ~(PAGE_SIZE - 1), arg
     cdef const msg_record *msg
     cdef size_t i, n_pages = 0, record = 8
@@ -178,7 +231,7 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
         elif fault:
             loop.pages[n_pages] = arg & page
             n_pages += 1
-        else:
+        elif not hear(loop, loop.worker.space, loop.records + i * record):
             memcpy(loop.unknowns + loop.worker.counters.unknown % UNKNOWNS * sizeof(msg_record),
                    loop.records + i * record, record)
             loop.worker.counters.unknown += 1
@@ -188,7 +241,7 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
 
 cdef void unprotect(loop_t *loop, uint64_t page) noexcept nogil:
     """Let the writes to a page through."""
-    cdef int result = uffd_writeprotect(loop.desk.fd, page, PAGE_SIZE, 0)
+    cdef int result = uffd_writeprotect(loop.worker.space.fd, page, PAGE_SIZE, 0)
     loop.worker.counters.ioctls += 1
     if result == -EAGAIN:
         loop.worker.counters.errors[EAGAIN] += 1
@@ -201,7 +254,8 @@ cdef void unprotect(loop_t *loop, uint64_t page) noexcept nogil:
 
 cdef void serve(loop_t *loop, size_t n, int64_t since) noexcept nogil:
     """Resolve the n `pages`, which were read at time `since`."""
-    cdef int ticket = enter(loop.desk.tree)
+    cdef space_t *space = loop.worker.space
+    cdef int ticket = enter(space.tree)
     cdef entry_t entry
     cdef bint held = False
     cdef size_t i = 0
@@ -210,11 +264,16 @@ cdef void serve(loop_t *loop, size_t n, int64_t since) noexcept nogil:
     sort(loop.pages, n)
     while i < n:
         if not (held and entry.start <= loop.pages[i] < entry.end):
-            held = find(loop.desk.tree, loop.pages[i], &entry)
+            held = (find(space.tree, loop.pages[i], &entry)
+                    or find_grown(space.tree, space.fd, loop.pages[i], &entry))
         if held and entry.payload != NULL:
             i += serve_run(loop, &entry, <served_t *>entry.payload, loop.pages + i, n - i, mode)
         elif i and loop.pages[i] == loop.pages[i - 1]:
             loop.worker.counters.duplicates += 1
+            i += 1
+        elif not held and space.hears_moves and not loop.retrying:
+            # Its memory may have come here by a remap that we have not been told of yet.
+            park(&loop.worker, NULL, loop.pages[i], False)
             i += 1
         else:
             loop.worker.counters.runs += 1
@@ -222,7 +281,7 @@ cdef void serve(loop_t *loop, size_t n, int64_t since) noexcept nogil:
             count_latency(&loop.worker, NULL, 1, now() - since)
             i += 1
     flush(loop)
-    leave(loop.desk.tree, ticket)
+    leave(space.tree, ticket)
 
 
 cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, const uint64_t *pages, size_t n,
@@ -237,13 +296,17 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
     cdef uint64_t want = page, want_end = page, first, start, end, stop, ahead, parked, n_faults = 0
     cdef size_t i = 0
     cdef bint handed = False, there
+    if page >= served.n_pages:
+        fill_grown(&loop.worker, entry, pages[0], mode)
+        note_due(loop, NULL, pages[0], pages[0] + PAGE_SIZE, 1, mode)
+        return 1
     if is_set(served.coming, page) and left_to_worker(loop, served, page):
         # The reader has caught up with what is read ahead of it.
         ahead = look_ahead(served, page, page + 1)
         set_goal(loop, served.id, entry.base + page * PAGE_SIZE, entry.base + ahead * PAGE_SIZE, False)
         return 1
     first = end = max(low, chunk_start(served, page))
-    while i < n and pages[i] < entry.end:
+    while i < n and pages[i] < entry.base + high * PAGE_SIZE:
         page = (pages[i] - entry.base) // PAGE_SIZE
         if page + 1 == want_end:
             loop.worker.counters.duplicates += 1
@@ -325,7 +388,7 @@ cdef void recheck(loop_t *loop, const entry_t *entry, served_t *served, uint64_t
                   uint64_t high) noexcept nogil:
     """A page that was there is missing: madvise(MADV_DONTNEED) took it, and maybe its neighbours."""
     cdef uint64_t first = page - page % RECHECK
-    if resync(served, loop.desk.pagemap, entry.base, max(first, low), min(first + RECHECK, high)) < 0:
+    if resync(served, loop.worker.space.pagemap, entry.base, max(first, low), min(first + RECHECK, high)) < 0:
         clear_bits(served.resident, page, page + 1)
 
 
@@ -399,6 +462,7 @@ cdef void unpark(loop_t *loop) noexcept nogil:
     cdef size_t n, i
     cdef int64_t since
     cdef uint64_t lost_from, lost_to
+    cdef space_t *space
     pthread_mutex_lock(&loop.desk.lock)
     n = loop.desk.n_parked
     memcpy(loop.parked, loop.desk.parked, n * sizeof(parked_t))
@@ -412,13 +476,14 @@ cdef void unpark(loop_t *loop) noexcept nogil:
     loop.retrying = True
     while n:
         since = loop.parked[n - 1].since
+        space = loop.worker.space = loop.parked[n - 1].space
         if loop.parked[n - 1].protected:
             n -= 1
             loop.worker.since = since
             unprotect(loop, loop.parked[n].page)
             continue
         i = 0
-        while n and i < CAPACITY and not loop.parked[n - 1].protected:
+        while n and i < CAPACITY and not loop.parked[n - 1].protected and loop.parked[n - 1].space == space:
             n -= 1
             since = min(since, loop.parked[n].since)
             loop.pages[i] = loop.parked[n].page
@@ -426,11 +491,18 @@ cdef void unpark(loop_t *loop) noexcept nogil:
         serve(loop, i, since)
     loop.retrying = False
     if lost_to:
+        loop.worker.space = &loop.own
         wake(&loop.worker, lost_from, lost_to)
 
 
+cdef inline bint comes_after(const parked_t *one, const parked_t *other) noexcept nogil:
+    if one.space != other.space:
+        return one.space > other.space
+    return one.page > other.page
+
+
 cdef size_t once_each(parked_t *parked, size_t n) noexcept nogil:
-    """Sort by page, and leave out what is there twice; how many are left."""
+    """Sort by space and page, and leave out what is there twice; how many are left."""
     cdef size_t gap = 1, i, k
     cdef parked_t value
     while gap < n // 3:
@@ -439,14 +511,14 @@ cdef size_t once_each(parked_t *parked, size_t n) noexcept nogil:
         for i in range(gap, n):
             value = parked[i]
             k = i
-            while k >= gap and parked[k - gap].page > value.page:
+            while k >= gap and comes_after(&parked[k - gap], &value):
                 parked[k] = parked[k - gap]
                 k -= gap
             parked[k] = value
         gap //= 3
     k = 0
     for i in range(1, n):
-        if parked[i].page == parked[k].page:
+        if parked[i].page == parked[k].page and parked[i].space == parked[k].space:
             parked[k].since = min(parked[k].since, parked[i].since)
         else:
             k += 1

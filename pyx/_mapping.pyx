@@ -6,14 +6,14 @@ Arrays over it hold it through the buffer protocol, so the last view's death unr
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport EAGAIN, ENOMEM, errno
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from userfault._abi cimport getpid
 from userfault._descriptor cimport Descriptor
 from userfault._errno cimport error_for
 from userfault._ioctl cimport check_range, uffd_unregister
 from userfault._regions cimport RegionTable
-from userfault._tree cimport cut
+from userfault._tree cimport cut, entry_t, list_range, lock_tree, unlock_tree
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
@@ -52,11 +52,12 @@ cdef class Mapping:
         if c_madvise(<void *>self.start, length, MADV_DONTFORK) != 0:
             raise error_for("madvise(MADV_DONTFORK)", errno)
 
-    def attach(self, Descriptor descriptor not None, RegionTable table not None):
-        """Take note that the memory is registered: the end of the mapping takes it back."""
+    def attach(self, Descriptor descriptor not None, RegionTable table not None, int64_t region):
+        """Take note that the memory is registered, as this region: the end of the mapping takes it back."""
         descriptor.hold()
         self.descriptor = descriptor
         self.table = table
+        self.region = region
         # After registering, so that khugepaged cannot have filled the range with zeros before. A kernel
         # without transparent huge pages answers EINVAL and has no khugepaged to keep away.
         c_madvise(<void *>self.start, self.length, MADV_NOHUGEPAGE)
@@ -72,15 +73,29 @@ cdef class Mapping:
         PyBuffer_FillInfo(view, self, <void *>self.start, self.length, 0, flags)
 
     def __dealloc__(self):
+        cdef entry_t piece
+        cdef uint64_t at = self.start, end = self.start + self.length, taken
+        cdef size_t found = 1
         if self.start == 0:
             return
-        # A fork child has none of this memory (DONTFORK), and may have other memory at the address.
+        # A fork child leaves the memory, if it has it, to its end: there may be other memory at the address.
         if getpid() == self.pid:
-            if self.descriptor is not None:
-                cut(&self.table.tree, self.start, self.start + self.length)
-                # First unregister: with the unmap event on, munmap would wait for a reader.
-                uffd_unregister(self.descriptor.fd, self.start, self.length)
-            munmap(<void *>self.start, self.length)
+            if self.descriptor is None:
+                munmap(<void *>self.start, self.length)
+            # Somebody may have moved or unmapped it, and have other memory there by now: what the table says
+            # is still ours.
+            while self.descriptor is not None and found:
+                lock_tree(&self.table.tree)
+                found = at < end and list_range(&self.table.tree, at, end, &piece, 1)
+                if found and piece.id == self.region and piece.base == self.start:
+                    # Without memory the table goes on naming what is gone, where no page can miss.
+                    cut(&self.table.tree, piece.start, piece.end, &taken)
+                unlock_tree(&self.table.tree)
+                if found and piece.id == self.region and piece.base == self.start:
+                    # First unregister: with the unmap event on, munmap would wait for a reader.
+                    uffd_unregister(self.descriptor.fd, piece.start, piece.end - piece.start)
+                    munmap(<void *>piece.start, piece.end - piece.start)
+                at = piece.end
         if self.descriptor is not None:
             self.descriptor.kick()
             self.descriptor.release()

@@ -1,6 +1,7 @@
 """`RegionTable`: disjoint page ranges, and the batched way from addresses to regions."""
 
 from cpython.buffer cimport PyBUF_STRIDED_RO, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport EEXIST
 from libc.stdint cimport INT64_MAX, UINT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -9,12 +10,13 @@ import time
 import numpy as np
 
 from userfault._abi cimport (
-    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT, WIRE_MSG, WIRE_V2, msg_record, v1_record, v2_record,
+    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT, WIRE_MSG, WIRE_V2, load_u64, msg_record, v1_record,
+    v2_record,
 )
 from userfault._ioctl cimport PAGE_SIZE, as_u64, check_range
 from userfault._tree cimport (
-    advance, best_search, count, cut, enter, entry_t, fell, find, insert, leave, list_all, locate, plant,
-    replace_all, tree_t,
+    advance, best_search, count, cut, enter, entry_t, fell, find, insert, leave, list_all, locate,
+    lock_tree, plant, replace_all, tree_t, unlock_tree,
 )
 
 from userfault._consts import DTYPES, WIRES
@@ -54,7 +56,8 @@ cdef class RegionTable:
     """
 
     def __cinit__(self):
-        plant(&self.tree)
+        if plant(&self.tree) < 0:
+            raise MemoryError
 
     def __dealloc__(self):
         fell(&self.tree)
@@ -65,13 +68,19 @@ cdef class RegionTable:
         Raises RangeError unless the range is whole pages, OverlapError naming both ranges.
         """
         cdef entry_t entry, clash
+        cdef int error
         entry.start = entry.base = as_u64(start)
         entry.end = entry.start + check_range(start, length)
         entry.id = self.next_id
         entry.payload = NULL
-        if insert(&self.tree, &entry, &clash):
+        lock_tree(&self.tree)
+        error = insert(&self.tree, &entry, &clash)
+        unlock_tree(&self.tree)
+        if error == -EEXIST:
             raise OverlapError(f"[{start:#x}, +{length:#x}) overlaps region {clash.id} at "
                                f"[{clash.start:#x}, +{clash.end - clash.start:#x})")
+        if error:
+            raise MemoryError
         self.next_id += 1
         return entry.id
 
@@ -98,27 +107,21 @@ cdef class RegionTable:
         cdef const uint64_t[:] start_view = starts, end_view = ends
         cdef const int64_t[:] order
         while True:
-            # numpy may let other threads run, and they may change the table: then all over again.
-            version = self.tree.version
-            n_held = count(&self.tree)
+            # numpy may let other threads run, and they may change the table, as the engine's threads may
+            # at any time: then all over again.
+            pieces = copy_pieces(&self.tree, n, &n_held, &version)
             total = n_held + n
-            pieces = <entry_t *>malloc(2 * total * sizeof(entry_t) + 1)
-            if pieces == NULL:
-                raise MemoryError
             try:
-                list_all(&self.tree, pieces)
                 for i in range(n):
                     pieces[n_held + i].start = pieces[n_held + i].base = start_view[i]
                     pieces[n_held + i].end = end_view[i]
                     pieces[n_held + i].payload = NULL
                 order = by_start(pieces, total)
-                if self.tree.version != version:
-                    continue
                 for i in range(n):
                     pieces[n_held + i].id = self.next_id + <int64_t>i
-                merge(&self.tree, pieces, pieces + total, order)
-                self.next_id += n
-                break
+                if merge(&self.tree, version, pieces, pieces + total, order):
+                    self.next_id += n
+                    break
             finally:
                 free(pieces)
         return np.arange(self.next_id - n, self.next_id, dtype=np.int64)
@@ -129,8 +132,13 @@ cdef class RegionTable:
         A region that sticks out at either end keeps what is left, under its id and with its offsets.
         Raises RangeError unless the range is whole pages of which some are held.
         """
-        cdef uint64_t first = as_u64(start)
-        cdef uint64_t taken = cut(&self.tree, first, first + check_range(start, length))
+        cdef uint64_t first = as_u64(start), end = first + check_range(start, length), taken
+        cdef int error
+        lock_tree(&self.tree)
+        error = cut(&self.tree, first, end, &taken)
+        unlock_tree(&self.tree)
+        if error:
+            raise MemoryError
         if taken == 0:
             raise RangeError(f"no region holds any of [{start:#x}, +{length:#x})")
         return taken
@@ -199,11 +207,9 @@ cdef class RegionTable:
 
     def ranges(self):
         """All pieces in address order: structured array of start, length, id, and offset into the region."""
-        cdef size_t n = count(&self.tree)
-        cdef entry_t *pieces = <entry_t *>malloc(n * sizeof(entry_t) + 1)
-        if pieces == NULL:
-            raise MemoryError
-        list_all(&self.tree, pieces)  # before any Python, which may let other threads change the table
+        cdef size_t n
+        cdef uint64_t version
+        cdef entry_t *pieces = copy_pieces(&self.tree, 0, &n, &version)
         try:
             table = np.empty(n, RANGES_DTYPE)
             fill_ranges(table, pieces)
@@ -213,15 +219,42 @@ cdef class RegionTable:
 
     cdef int quiesce(self) except -1:
         """Wait until every reader that is inside now has left, and so lets go of the payloads it found."""
-        cdef uint64_t target = self.tree.epoch + 2
-        advance(&self.tree)
-        while self.tree.epoch < target:
-            time.sleep(20e-6)
+        cdef uint64_t target = load_u64(&self.tree.epoch) + 2
+        while True:
+            lock_tree(&self.tree)
             advance(&self.tree)
-        return 0
+            unlock_tree(&self.tree)
+            if load_u64(&self.tree.epoch) >= target:
+                return 0
+            time.sleep(20e-6)
 
     def __len__(self):
-        return count(&self.tree)
+        cdef size_t n
+        lock_tree(&self.tree)
+        n = count(&self.tree)
+        unlock_tree(&self.tree)
+        return n
+
+
+cdef entry_t *copy_pieces(tree_t *tree, size_t more, size_t *n, uint64_t *version) except NULL:
+    """All pieces, and which version of the tree has them; room behind them for `more`, and as much again."""
+    cdef size_t room = 0
+    cdef entry_t *pieces = NULL
+    while True:
+        lock_tree(tree)
+        n[0] = count(tree)
+        version[0] = tree.version
+        if pieces != NULL and n[0] <= room:
+            list_all(tree, pieces)
+            unlock_tree(tree)
+            return pieces
+        unlock_tree(tree)
+        # Not under the lock: a fork() that holds malloc's may wait for a thread that waits for the tree's.
+        free(pieces)
+        room = n[0]
+        pieces = <entry_t *>malloc(2 * (room + more) * sizeof(entry_t) + 1)
+        if pieces == NULL:
+            raise MemoryError
 
 
 cdef int fill_ranges(table, const entry_t *pieces) except -1:
@@ -246,18 +279,29 @@ cdef object by_start(const entry_t *pieces, size_t n):
     return np.argsort(starts, kind="stable")
 
 
-cdef int merge(tree_t *tree, const entry_t *pieces, entry_t *ordered, const int64_t[:] order) except -1:
-    """Put the pieces, in that order, in the place of all that there is; OverlapError changes nothing."""
+cdef bint merge(tree_t *tree, uint64_t version, const entry_t *pieces, entry_t *ordered,
+                const int64_t[:] order) except -1:
+    """Put the pieces, in that order, in the place of those of that version; False: there is a newer one.
+
+    OverlapError changes nothing.
+    """
     cdef size_t i, n = order.shape[0]
+    cdef bint same
+    cdef int error = 0
     for i in range(n):
         ordered[i] = pieces[order[i]]
         if i and ordered[i - 1].end > ordered[i].start:
             raise OverlapError(
                 f"[{ordered[i].start:#x}, +{ordered[i].end - ordered[i].start:#x}) overlaps "
                 f"[{ordered[i - 1].start:#x}, +{ordered[i - 1].end - ordered[i - 1].start:#x})")
-    if n:
-        replace_all(tree, ordered, n)
-    return 0
+    lock_tree(tree)
+    same = tree.version == version
+    if same and n:
+        error = replace_all(tree, ordered, n)
+    unlock_tree(tree)
+    if error:
+        raise MemoryError
+    return same
 
 
 cdef int wire_of(array) except -1:

@@ -159,6 +159,8 @@ cdef class Served:
         self.c.granule = HUGE_PAGES if unit >= HUGE_PAGES else max(unit, STEP // unit * unit)
         self.c.readahead = readahead
         self.c.huge = huge
+        self.c.counters = &self.counters
+        self.c.original = &self.c
         self.c.n_streams = <int>max(<uint64_t>1, min(n_pages // 16, <uint64_t>STREAMS))
         # calloc leaves large zeroed memory to be made when it is touched.
         self.c.resident = <uint64_t *>calloc(words, 8)
@@ -188,11 +190,12 @@ cdef class Served:
         """Note, for tests, that the pages [first, end) are there."""
         set_bits(self.c.resident, first, end)
 
-    def resync(self, int pagemap, uint64_t base):
-        """Ask the kernel about every page. Raises nothing: where it does not tell, the belief stays."""
+    def resync(self, int pagemap, uint64_t base, uint64_t first, uint64_t end):
+        """Ask the kernel about the pages [first, end), page 0 being at `base`. Raises nothing: where it does
+        not tell, the belief stays."""
         cdef int result
         with nogil:
-            result = resync(&self.c, pagemap, base, 0, self.c.n_pages)
+            result = resync(&self.c, pagemap, base, first, min(end, self.c.n_pages))
         return result == 0
 
     @property
@@ -212,19 +215,21 @@ cdef class Served:
         store_u64(&self.c.kernel_error, 0)
         return of_source, of_kernel
 
-    def count(self):
-        """(pages that are there, pages that workers were asked for)."""
-        cdef uint64_t there = 0, coming = 0
-        cdef size_t i
+    def count(self, uint64_t first, uint64_t end):
+        """Of the pages [first, end): (those that are there, those that workers were asked for)."""
+        cdef uint64_t there = 0, coming = 0, bits
+        end = min(end, self.c.n_pages)
         with nogil:
-            for i in range(self.c.n_pages // 64 + 1):
-                there += __builtin_popcountll(load_u64(&self.c.resident[i]))
-                coming += __builtin_popcountll(load_u64(&self.c.coming[i]))
+            while first < end:
+                bits = mask(first, end)
+                there += __builtin_popcountll(load_u64(&self.c.resident[first // 64]) & bits)
+                coming += __builtin_popcountll(load_u64(&self.c.coming[first // 64]) & bits)
+                first = (first // 64 + 1) * 64
         return there, coming
 
     def stats(self):
         """The region's counters: a scalar of REGION_STATS_DTYPE."""
-        cdef region_counters_t snapshot = self.c.counters
+        cdef region_counters_t snapshot = self.counters
         cdef const unsigned char[::1] view = <const unsigned char[:sizeof(region_counters_t)]>(
             <const unsigned char *>&snapshot)
         return np.frombuffer(view, REGION_STATS_DTYPE).copy()[0]

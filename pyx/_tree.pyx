@@ -5,125 +5,34 @@ written once published: a change builds a new leaf and swaps one pointer (and, w
 the root), so that a change costs the same among ten regions and 10^5, and readers need no lock.
 Replaced nodes are freed by epochs: a node retired in epoch e goes when no reader that entered in e or
 before is left. The search itself is in _search.h.
+
+Writers take turns by a lock of the tree's own, and get their memory from its slab: the threads of an
+engine, which may neither take the GIL nor call malloc, are among them.
 """
 
-from libc.stdint cimport INT64_MAX, int64_t, uint64_t
-from libc.stdlib cimport free
+from libc.errno cimport EEXIST, ENOMEM
+from libc.stdint cimport SIZE_MAX, UINT64_MAX, int64_t, uint64_t
 from libc.string cimport memcpy
 
-from userfault._abi cimport add_i64, aligned_alloc, getpid, load_i64, load_ptr, load_u64, store_ptr, store_u64
+from userfault._abi cimport (
+    add_i64, getpid, load_i64, load_int, load_ptr, load_u64, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, store_int, store_ptr, store_u64, swap_int_if,
+)
+from userfault._node cimport (
+    UF_LEAF, append, free_leaf, free_root, get, index_root, leaf_of, leaf_t, new_leaf, new_root, root_t,
+)
+from userfault._slab cimport slab_unmap
 
 DEF BULK_FILL = 48   # pieces per leaf of a new tree: room to add without splitting
 
 cdef extern from "_search.h" nogil:
-    const int UF_LEAF, UF_LEVELS
-
-    ctypedef struct piece_t "uf_piece":
-        uint64_t end
-        uint64_t base
-        int64_t id
-        void *payload
-
-    ctypedef struct leaf_t "uf_leaf":
-        void *next
-        size_t n
-        int64_t *heads
-        int64_t *starts
-        piece_t *pieces
-
-    ctypedef struct root_t "uf_root":
-        void *next
-        size_t n_leaves
-        int n_levels
-        leaf_t **leaves
-        int64_t **levels
-
     int c_best_search "uf_best_search"()
     void c_locate "uf_locate"(int search, const root_t *root, const char *addresses, Py_ssize_t stride,
                               size_t n, int64_t *ids, int64_t *offsets)
     const leaf_t *find_leaf "uf_find"(const root_t *root, uint64_t address, size_t *place)
 
-
-cdef inline size_t nodes(size_t keys) noexcept nogil:
-    return (keys + 7) // 8
-
-
-cdef root_t *new_root(size_t n_leaves) except NULL:
-    """A root with room for `n_leaves`: the caller fills `leaves` and `levels[0]`, then calls `index`."""
-    cdef size_t keys = n_leaves, room = 0
-    cdef int n_levels = 0, level
-    while True:
-        keys = nodes(keys)
-        room += 64 * keys
-        n_levels += 1
-        if keys == 1:
-            break
-    cdef size_t header = 64 * ((sizeof(root_t) + n_leaves * sizeof(leaf_t *) + 63) // 64)
-    cdef root_t *root = <root_t *>aligned_alloc(64, header + room)
-    if root == NULL or n_levels > UF_LEVELS:
-        free(root)
-        raise MemoryError
-    root.next = NULL
-    root.n_leaves = n_leaves
-    root.n_levels = n_levels
-    root.leaves = <leaf_t **>(root + 1)
-    cdef int64_t *key = <int64_t *>(<char *>root + header)
-    keys = n_leaves
-    for level in range(n_levels):
-        root.levels[level] = key
-        key += 8 * nodes(keys)
-        keys = nodes(keys)
-    return root
-
-
-cdef void index_root(root_t *root) noexcept:
-    """Fill the levels above levels[0], and the unused places of all."""
-    cdef size_t keys = root.n_leaves, i
-    cdef int level
-    root.levels[0][0] = 0
-    for level in range(root.n_levels):
-        for i in range(keys, 8 * nodes(keys)):
-            root.levels[level][i] = INT64_MAX
-        keys = nodes(keys)
-        if level + 1 < root.n_levels:
-            for i in range(keys):
-                root.levels[level + 1][i] = root.levels[level][8 * i]
-
-
-cdef leaf_t *new_leaf() except NULL:
-    cdef leaf_t *leaf = <leaf_t *>aligned_alloc(64, sizeof(leaf_t))
-    cdef int i
-    if leaf == NULL:
-        raise MemoryError
-    leaf.next = NULL
-    leaf.n = 0
-    leaf.heads[0] = 0
-    leaf.pieces[0].end = 0  # an empty leaf is searched like any other
-    for i in range(1, 8):
-        leaf.heads[i] = INT64_MAX
-    for i in range(UF_LEAF):
-        leaf.starts[i] = INT64_MAX
-    return leaf
-
-
-cdef inline void append(leaf_t *leaf, const entry_t *entry) noexcept nogil:
-    cdef size_t i = leaf.n
-    leaf.starts[i] = entry.start
-    if i and i % 8 == 0:
-        leaf.heads[i // 8] = entry.start
-    leaf.pieces[i].end = entry.end
-    leaf.pieces[i].base = entry.base
-    leaf.pieces[i].id = entry.id
-    leaf.pieces[i].payload = entry.payload
-    leaf.n = i + 1
-
-
-cdef inline void get(const leaf_t *leaf, size_t i, entry_t *entry) noexcept nogil:
-    entry.start = leaf.starts[i]
-    entry.end = leaf.pieces[i].end
-    entry.base = leaf.pieces[i].base
-    entry.id = leaf.pieces[i].id
-    entry.payload = leaf.pieces[i].payload
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
 
 
 cdef inline root_t *trunk(tree_t *tree) noexcept nogil:
@@ -159,6 +68,22 @@ cdef bint find(tree_t *tree, uint64_t address, entry_t *found) noexcept nogil:
     return place < leaf.n and found.start <= address < found.end
 
 
+cdef bint before(tree_t *tree, uint64_t address, entry_t *found) noexcept nogil:
+    """The last piece that starts at or below the address, whether or not it holds it."""
+    cdef const root_t *root = published(tree)
+    cdef const leaf_t *leaf
+    cdef size_t which = leaf_of(root, address) + 1, i
+    # A leaf whose first pieces were removed may begin above the address: then it is the last of another.
+    while which > 0:
+        which -= 1
+        leaf = <const leaf_t *>load_ptr(<void **>&root.leaves[which])
+        for i in range(leaf.n, 0, -1):
+            if <uint64_t>leaf.starts[i - 1] <= address:
+                get(leaf, i - 1, found)
+                return True
+    return False
+
+
 cdef bint empty(tree_t *tree) noexcept nogil:
     cdef int ticket = enter(tree)
     cdef const root_t *root = published(tree)
@@ -178,86 +103,106 @@ cdef int best_search() noexcept nogil:
     return c_best_search()
 
 
-# -- the writer --------------------------------------------------------------------------------------
+# -- writers -----------------------------------------------------------------------------------------
 
-cdef int plant(tree_t *tree) except -1:
+cdef int plant(tree_t *tree) noexcept nogil:
     """Make an empty tree of zeroed memory."""
-    cdef leaf_t *leaf = new_leaf()
-    cdef root_t *root
-    try:
-        root = new_root(1)
-    except MemoryError:
-        free(leaf)
-        raise
+    cdef leaf_t *leaf = new_leaf(&tree.slab)
+    cdef root_t *root = new_root(&tree.slab, 1)
+    if leaf == NULL or root == NULL:
+        return -ENOMEM
     root.leaves[0] = leaf
     index_root(root)
     tree.root = root
+    pthread_mutex_init(&tree.lock, NULL)
     tree.pid = getpid()
     return 0
 
 
-cdef void fell(tree_t *tree) noexcept:
-    """Free everything; no reader may be inside."""
-    cdef size_t i
-    cdef void *node
-    if tree.root != NULL:
-        for i in range(trunk(tree).n_leaves):
-            free(trunk(tree).leaves[i])
-        free(tree.root)
-    for i in range(2):
-        while tree.limbo[i] != NULL:
-            node = tree.limbo[i]
-            tree.limbo[i] = (<void **>node)[0]
-            free(node)
+cdef void fell(tree_t *tree) noexcept nogil:
+    """Free everything; no reader or writer may be inside."""
+    slab_unmap(&tree.slab)
 
 
-cdef void retire(tree_t *tree, void *node) noexcept:
-    (<void **>node)[0] = tree.limbo[tree.epoch & 1]
-    tree.limbo[tree.epoch & 1] = node
+cdef void lock_tree(tree_t *tree) noexcept nogil:
+    cdef int pid = getpid(), seen
+    while True:
+        seen = load_int(&tree.pid)
+        if seen == pid:
+            break
+        if seen == -pid:
+            sched_yield()
+        elif swap_int_if(&tree.pid, seen, -pid):
+            # A fork child has none of the threads that were inside when it was forked.
+            pthread_mutex_init(&tree.lock, NULL)
+            tree.readers[0] = tree.readers[1] = 0
+            store_int(&tree.pid, pid)
+    pthread_mutex_lock(&tree.lock)
+
+
+cdef void unlock_tree(tree_t *tree) noexcept nogil:
+    pthread_mutex_unlock(&tree.lock)
+
+
+cdef void retire_leaf(tree_t *tree, leaf_t *leaf) noexcept nogil:
+    """Have a leaf freed that nothing leads to any more; `advance` is the caller's."""
+    leaf.next = tree.limbo_leaves[tree.epoch & 1]
+    tree.limbo_leaves[tree.epoch & 1] = leaf
+
+
+cdef void advance(tree_t *tree) noexcept nogil:
+    # From epoch e to e + 1, once the readers of e - 1 have left; then nobody can hold a node that
+    # was retired in e - 1.
+    cdef uint64_t other = (tree.epoch + 1) & 1
+    cdef leaf_t *leaf
+    cdef root_t *root
+    if load_i64(&tree.readers[other]) != 0:
+        return
+    store_u64(&tree.epoch, tree.epoch + 1)
+    while tree.limbo_leaves[other] != NULL:
+        leaf = <leaf_t *>tree.limbo_leaves[other]
+        tree.limbo_leaves[other] = leaf.next
+        free_leaf(&tree.slab, leaf)
+    while tree.limbo_roots[other] != NULL:
+        root = <root_t *>tree.limbo_roots[other]
+        tree.limbo_roots[other] = root.next
+        free_root(&tree.slab, root)
+
+
+cdef void publish_leaf(tree_t *tree, size_t which, leaf_t *leaf) noexcept nogil:
+    """Put a leaf in the place of leaf `which`."""
+    cdef leaf_t *old = trunk(tree).leaves[which]
+    store_ptr(<void **>&trunk(tree).leaves[which], leaf)
+    retire_leaf(tree, old)
     tree.version += 1
     advance(tree)
 
 
-cdef void advance(tree_t *tree) noexcept:
-    # From epoch e to e + 1, once the readers of e - 1 have left; then nobody can hold a node that
-    # was retired in e - 1.
-    cdef uint64_t other = (tree.epoch + 1) & 1
-    cdef void *node
-    if tree.pid != getpid():
-        # A fork child has none of the threads that were inside when it was forked.
-        tree.pid = getpid()
-        tree.readers[0] = tree.readers[1] = 0
-    if load_i64(&tree.readers[other]) != 0:
-        return
-    store_u64(&tree.epoch, tree.epoch + 1)
-    while tree.limbo[other] != NULL:
-        node = tree.limbo[other]
-        tree.limbo[other] = (<void **>node)[0]
-        free(node)
-
-
-cdef int publish(tree_t *tree, root_t *root) except -1:
+cdef void publish_root(tree_t *tree, root_t *root, leaf_t **dropped, size_t n_dropped) noexcept nogil:
+    """Put a root in the place of the old one, some leaves of which it has no more."""
     cdef root_t *old = trunk(tree)
+    cdef size_t i
     store_ptr(&tree.root, root)
-    retire(tree, old)
+    # All in one epoch: none may be freed while the old root leads to it.
+    for i in range(n_dropped):
+        retire_leaf(tree, dropped[i])
+    old.next = tree.limbo_roots[tree.epoch & 1]
+    tree.limbo_roots[tree.epoch & 1] = old
+    tree.version += 1
+    advance(tree)
 
 
 cdef int edit(tree_t *tree, size_t which, size_t position, size_t removed, entry_t *added,
-              size_t n_added) except -1:
+              size_t n_added) noexcept nogil:
     """In leaf `which` replace `removed` pieces from `position` by `added`: one visible step."""
     cdef leaf_t *old = trunk(tree).leaves[which]
     cdef size_t total = old.n - removed + n_added, i
+    cdef bint none = total == 0 and trunk(tree).n_leaves > 1, two = total > <size_t>UF_LEAF
+    cdef leaf_t *low = NULL if none else new_leaf(&tree.slab)
+    cdef leaf_t *high = new_leaf(&tree.slab) if two else NULL
+    cdef root_t *root = NULL
     cdef entry_t entry
-    cdef leaf_t *low
-    cdef leaf_t *high = NULL
-    if total == 0 and trunk(tree).n_leaves > 1:
-        publish(tree, root_with(tree, which, NULL, NULL))
-        retire(tree, old)
-        return 0
-    low = new_leaf()
-    try:
-        if total > <size_t>UF_LEAF:
-            high = new_leaf()
+    if (low != NULL or none) and (high != NULL or not two):
         for i in range(total):
             if i < position:
                 get(old, i, &entry)
@@ -265,24 +210,26 @@ cdef int edit(tree_t *tree, size_t which, size_t position, size_t removed, entry
                 entry = added[i - position]
             else:
                 get(old, i - n_added + removed, &entry)
-            append(low if high == NULL or i < total // 2 else high, &entry)
-        if high == NULL:
-            store_ptr(<void **>&trunk(tree).leaves[which], low)
-        else:
-            publish(tree, root_with(tree, which, low, high))
-    except MemoryError:
-        free(low)
-        free(high)
-        raise
-    retire(tree, old)
+            append(high if two and i >= total // 2 else low, &entry)
+        if not none and not two:
+            publish_leaf(tree, which, low)
+            return 0
+        root = root_with(tree, which, low, high)
+    if root == NULL:
+        free_leaf(&tree.slab, low)
+        free_leaf(&tree.slab, high)
+        return -ENOMEM
+    publish_root(tree, root, &old, 1)
     return 0
 
 
-cdef root_t *root_with(tree_t *tree, size_t which, leaf_t *low, leaf_t *high) except NULL:
-    """A new root whose leaf `which` is replaced by `low` and `high`, or by nothing when they are NULL."""
+cdef root_t *root_with(tree_t *tree, size_t which, leaf_t *low, leaf_t *high) noexcept nogil:
+    """A new root whose leaf `which` is replaced by `low` and `high`, either of which may be NULL."""
     cdef root_t *old = trunk(tree)
-    cdef size_t n_new = 0 if low == NULL else 2, i
-    cdef root_t *root = new_root(old.n_leaves - 1 + n_new)
+    cdef size_t n_new = <size_t>(low != NULL) + <size_t>(high != NULL), i
+    cdef root_t *root = new_root(&tree.slab, old.n_leaves - 1 + n_new)
+    if root == NULL:
+        return NULL
     for i in range(root.n_leaves):
         if i < which:
             root.leaves[i] = old.leaves[i]
@@ -297,43 +244,34 @@ cdef root_t *root_with(tree_t *tree, size_t which, leaf_t *low, leaf_t *high) ex
     return root
 
 
-cdef int make_room(tree_t *tree, size_t which, uint64_t end) except -1:
+cdef int make_room(tree_t *tree, size_t which, uint64_t end) noexcept nogil:
     """Let leaf `which` reach up to `end`, which the next leaf has given up by removals."""
     cdef root_t *root
-    cdef size_t n = trunk(tree).n_leaves, i
-    if which + 1 == n or <int64_t>end <= trunk(tree).levels[0][which + 1]:
+    if which + 1 == trunk(tree).n_leaves or end <= <uint64_t>trunk(tree).levels[0][which + 1]:
         return 0
-    root = new_root(n)
-    for i in range(n):
-        root.leaves[i] = trunk(tree).leaves[i]
-        root.levels[0][i] = trunk(tree).levels[0][i]
+    root = root_with(tree, which, trunk(tree).leaves[which], NULL)
+    if root == NULL:
+        return -ENOMEM
     root.levels[0][which + 1] = root.leaves[which + 1].starts[0]
     index_root(root)
-    publish(tree, root)
+    publish_root(tree, root, NULL, 0)
     return 0
 
 
-cdef size_t leaf_of(tree_t *tree, uint64_t address) noexcept:
-    """The number of the leaf that holds the address or would."""
-    cdef size_t low = 0, high = trunk(tree).n_leaves, middle
-    while high - low > 1:
-        middle = (low + high) // 2
-        if trunk(tree).levels[0][middle] <= <int64_t>address:
-            low = middle
-        else:
-            high = middle
-    return low
+cdef inline bint begins_below(tree_t *tree, size_t which, uint64_t end) noexcept nogil:
+    """Whether there is a leaf `which` that can hold something below `end`."""
+    return which < trunk(tree).n_leaves and <uint64_t>trunk(tree).levels[0][which] < end
 
 
-cdef uint64_t cut(tree_t *tree, uint64_t start, uint64_t end) except? 0:
+cdef int cut(tree_t *tree, uint64_t start, uint64_t end, uint64_t *taken) noexcept nogil:
     """Take [start, end) out of whatever holds it; the bytes taken. A leaf changes in one step."""
-    cdef uint64_t taken = 0
-    cdef size_t which = leaf_of(tree, start)
+    cdef size_t which = leaf_of(trunk(tree), start)
     cdef size_t first, last, n_kept, n_leaves
     cdef leaf_t *leaf
     cdef entry_t entry
     cdef entry_t kept[2]
-    while which < trunk(tree).n_leaves and (which == 0 or <uint64_t>trunk(tree).levels[0][which] < end):
+    taken[0] = 0
+    while begins_below(tree, which, end):
         leaf = trunk(tree).leaves[which]
         first = 0
         while first < leaf.n and leaf.pieces[first].end <= start:
@@ -342,7 +280,7 @@ cdef uint64_t cut(tree_t *tree, uint64_t start, uint64_t end) except? 0:
         n_kept = 0
         while last < leaf.n and <uint64_t>leaf.starts[last] < end:
             get(leaf, last, &entry)
-            taken += min(entry.end, end) - max(entry.start, start)
+            taken[0] += min(entry.end, end) - max(entry.start, start)
             if entry.start < start:
                 kept[n_kept] = entry
                 kept[n_kept].end = start
@@ -353,99 +291,110 @@ cdef uint64_t cut(tree_t *tree, uint64_t start, uint64_t end) except? 0:
                 n_kept += 1
             last += 1
         n_leaves = trunk(tree).n_leaves
-        if last > first:
-            edit(tree, which, first, last - first, kept, n_kept)
+        if last > first and edit(tree, which, first, last - first, kept, n_kept) < 0:
+            return -ENOMEM
         # A leaf that became empty is gone, and its successor stands in its place.
         if trunk(tree).n_leaves >= n_leaves:
             which += 1 + trunk(tree).n_leaves - n_leaves
-    return taken
+    return 0
 
 
-cdef uint64_t set_payload(tree_t *tree, uint64_t start, uint64_t end, int64_t id, void *payload) except? 0:
+cdef int set_payload(tree_t *tree, uint64_t start, uint64_t end, int64_t id, void *payload,
+                     uint64_t *total) noexcept nogil:
     """Give every piece of region `id` within [start, end) the payload; the bytes that have it now."""
-    cdef size_t which = leaf_of(tree, start)
-    cdef uint64_t total = 0
+    cdef size_t which = leaf_of(trunk(tree), start)
     cdef size_t i
     cdef leaf_t *old
     cdef leaf_t *leaf
-    while which < trunk(tree).n_leaves and (which == 0 or <uint64_t>trunk(tree).levels[0][which] < end):
+    total[0] = 0
+    while begins_below(tree, which, end):
         old = trunk(tree).leaves[which]
-        leaf = new_leaf()
-        memcpy(leaf, old, sizeof(leaf_t))
-        for i in range(leaf.n):
-            if leaf.pieces[i].id == id and start <= <uint64_t>leaf.starts[i] < end:
+        leaf = NULL
+        for i in range(old.n):
+            if old.pieces[i].id == id and start <= <uint64_t>old.starts[i] < end:
+                if leaf == NULL:
+                    leaf = new_leaf(&tree.slab)
+                    if leaf == NULL:
+                        return -ENOMEM
+                    memcpy(leaf, old, sizeof(leaf_t))
                 leaf.pieces[i].payload = payload
-                total += leaf.pieces[i].end - <uint64_t>leaf.starts[i]
-        store_ptr(<void **>&trunk(tree).leaves[which], leaf)
-        retire(tree, old)
+                total[0] += old.pieces[i].end - <uint64_t>old.starts[i]
+        if leaf != NULL:
+            publish_leaf(tree, which, leaf)
         which += 1
-    return total
+    return 0
 
 
-cdef bint overlap(const entry_t *entry, const leaf_t *leaf, size_t i, entry_t *other) noexcept:
+cdef bint overlap(const entry_t *entry, const leaf_t *leaf, size_t i, entry_t *other) noexcept nogil:
     get(leaf, i, other)
     return entry.start < other.end and other.start < entry.end
 
 
-cdef bint insert(tree_t *tree, const entry_t *entry, entry_t *clash) except -1:
-    """Add the piece; or change nothing, fill `clash` with one that overlaps, and return True."""
-    cdef size_t which = leaf_of(tree, entry.start), position = 0
+cdef int insert(tree_t *tree, const entry_t *entry, entry_t *clash) noexcept nogil:
+    """Add the piece; or change nothing, fill `clash` with one that overlaps, and return -EEXIST."""
+    cdef size_t which = leaf_of(trunk(tree), entry.start), position = 0
     cdef leaf_t *leaf = trunk(tree).leaves[which]
     cdef entry_t added = entry[0]
     while position < leaf.n and <uint64_t>leaf.starts[position] < entry.start:
         position += 1
     if position > 0 and overlap(entry, leaf, position - 1, clash):
-        return True
+        return -EEXIST
     if position < leaf.n and overlap(entry, leaf, position, clash):
-        return True
+        return -EEXIST
     if position == leaf.n and which + 1 < trunk(tree).n_leaves:
         if overlap(entry, trunk(tree).leaves[which + 1], 0, clash):
-            return True
-    make_room(tree, which, entry.end)
-    edit(tree, which, position, 0, &added, 1)
-    return False
+            return -EEXIST
+    if make_room(tree, which, entry.end) < 0:
+        return -ENOMEM
+    return edit(tree, which, position, 0, &added, 1)
 
 
-cdef int replace_all(tree_t *tree, const entry_t *entries, size_t n) except -1:
+cdef int replace_all(tree_t *tree, const entry_t *entries, size_t n) noexcept nogil:
     """A fresh tree of n > 0 sorted, disjoint pieces takes the place of all that there is."""
-    cdef size_t n_leaves = (n + BULK_FILL - 1) // BULK_FILL, i
-    cdef root_t *old = trunk(tree)
-    cdef root_t *root = new_root(n_leaves)
+    cdef size_t n_leaves = (n + BULK_FILL - 1) // BULK_FILL, i, k
+    cdef root_t *root = new_root(&tree.slab, n_leaves)
+    if root == NULL:
+        return -ENOMEM
     for i in range(n_leaves):
-        root.leaves[i] = NULL
-    try:
-        for i in range(n_leaves):
-            root.leaves[i] = new_leaf()
-    except MemoryError:
-        for i in range(n_leaves):
-            free(root.leaves[i])
-        free(root)
-        raise
+        root.leaves[i] = new_leaf(&tree.slab)
+        if root.leaves[i] == NULL:
+            for k in range(i):
+                free_leaf(&tree.slab, root.leaves[k])
+            free_root(&tree.slab, root)
+            return -ENOMEM
     for i in range(n):
         append(root.leaves[i // BULK_FILL], &entries[i])
     for i in range(n_leaves):
         root.levels[0][i] = root.leaves[i].starts[0]
     index_root(root)
-    # All old nodes are retired in one epoch: none may be freed while the old root leads to it.
-    store_ptr(&tree.root, root)
-    for i in range(old.n_leaves):
-        (<void **>old.leaves[i])[0] = tree.limbo[tree.epoch & 1]
-        tree.limbo[tree.epoch & 1] = old.leaves[i]
-    retire(tree, old)
+    publish_root(tree, root, trunk(tree).leaves, trunk(tree).n_leaves)
     return 0
 
 
-cdef size_t count(tree_t *tree) noexcept:
+cdef size_t count(tree_t *tree) noexcept nogil:
     cdef size_t i, total = 0
     for i in range(trunk(tree).n_leaves):
         total += trunk(tree).leaves[i].n
     return total
 
 
-cdef void list_all(tree_t *tree, entry_t *entries) noexcept:
+cdef void list_all(tree_t *tree, entry_t *entries) noexcept nogil:
     """All `count` pieces in address order."""
-    cdef size_t which, i, k = 0
-    for which in range(trunk(tree).n_leaves):
-        for i in range(trunk(tree).leaves[which].n):
-            get(trunk(tree).leaves[which], i, &entries[k])
-            k += 1
+    list_range(tree, 0, UINT64_MAX, entries, SIZE_MAX)
+
+
+cdef size_t list_range(tree_t *tree, uint64_t start, uint64_t end, entry_t *entries,
+                       size_t room) noexcept nogil:
+    """The pieces that overlap [start, end), in order and clipped to it, at most `room`; how many."""
+    cdef size_t which = leaf_of(trunk(tree), start), i, k = 0
+    cdef leaf_t *leaf
+    while begins_below(tree, which, end):
+        leaf = trunk(tree).leaves[which]
+        for i in range(leaf.n):
+            if k < room and leaf.pieces[i].end > start and <uint64_t>leaf.starts[i] < end:
+                get(leaf, i, &entries[k])
+                entries[k].start = max(entries[k].start, start)
+                entries[k].end = min(entries[k].end, end)
+                k += 1
+        which += 1
+    return k

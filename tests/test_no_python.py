@@ -14,20 +14,27 @@ from types import ModuleType
 import pytest
 
 import userfault._ahead
+import userfault._books
 import userfault._crew
 import userfault._errno
 import userfault._fill
+import userfault._follow
 import userfault._ioctl
 import userfault._lease
 import userfault._loop
 import userfault._served
+import userfault._slab
 import userfault._source
+import userfault._space
 import userfault._tree
 
 MODULES = {
     userfault._loop: ("run_loop",),
+    userfault._follow: ("hear", "ask", "find_room"),
+    userfault._books: ("decode_event", "keep_books", "find_grown", "copy_books"),
+    userfault._space: ("new_space", "free_space", "has_ended", "poison_missing", "copy_of"),
     userfault._ahead: ("give", "set_goal", "take_orders", "advance"),
-    userfault._fill: ("fill", "fail", "wake", "park", "count_latency", "is_prompt"),
+    userfault._fill: ("fill", "fail", "wake", "park", "count_latency", "is_prompt", "fill_grown"),
     userfault._crew: ("hand", "run"),
     userfault._served: (
         "look_ahead",
@@ -39,7 +46,11 @@ MODULES = {
         "clear_bits",
     ),
     userfault._lease: ("lease_saw", "lease_saw_many", "lease_held", "lease_expire", "lease_end"),
-    userfault._tree: ("enter", "leave", "find", "empty"),
+    userfault._tree: (
+        *("enter", "leave", "find", "before", "empty"),
+        *("lock_tree", "unlock_tree", "insert", "cut", "set_payload", "list_range"),
+    ),
+    userfault._slab: ("slab_alloc", "slab_free"),
     userfault._errno: ("decide",),
     userfault._ioctl: (
         "uffd_copy",
@@ -58,10 +69,22 @@ MODULES = {
 }
 # What the threads may call of libc: system calls, memory, locks, and numbers as text for /proc. No malloc.
 ALLOWED = {
+    *("epoll_create1", "epoll_ctl", "epoll_wait", "getrlimit", "setrlimit"),
     *("read", "write", "ioctl", "ppoll", "pread", "preadv64v2", "open", "close", "madvise", "mincore"),
-    *("mprotect", "process_vm_readv", "syscall", "getpid", "gettid", "clock_gettime", "sysconf"),
+    *(
+        "mmap",
+        "munmap",
+        "mprotect",
+        "process_vm_readv",
+        "syscall",
+        "getpid",
+        "gettid",
+        "clock_gettime",
+        "sysconf",
+    ),
     *("sched_yield", "sched_getcpu", "sched_getaffinity", "sched_setaffinity", "__sched_cpucount"),
-    *("pthread_mutex_lock", "pthread_mutex_unlock", "pthread_cond_wait", "pthread_cond_signal"),
+    *("pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
+    *("pthread_cond_wait", "pthread_cond_signal"),
     *("memcpy", "memset", "memmove", "strchr", "strrchr", "strtol", "strtoll", "snprintf"),
     *("__errno_location", "abort"),
 }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import userfault as uf
-from support import LAB
+from support import LAB, Child
 from userfault import _regions
 
 PAGE = uf.PAGE_SIZE
@@ -292,3 +292,161 @@ def test_lookups_see_each_change_wholly_or_not_at_all() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_two_threads_change_one_table_while_others_look() -> None:
+    """Each owns every second range; single pages come and go while blocks of pages are added at once."""
+    table = uf.RegionTable()
+    n = 20 if LAB else 200
+    kept = table.add_many(np.arange(n, dtype=np.uint64) * np.uint64(64 * PAGE), np.full(n, PAGE, np.uint64))
+    always = np.arange(n, dtype=np.uint64) * np.uint64(64 * PAGE)
+    stop = threading.Event()
+    wrong: list[object] = []
+
+    def change(own: int) -> None:
+        for turn in range(10):
+            for i in range(n):
+                start = (64 * i + 2 + 20 * own) * PAGE
+                number = table.add(start, 10 * PAGE)
+                if table.dispatch(start + 5 * PAGE) != (number, 5 * PAGE):
+                    wrong.append(("lost", own, turn, i))
+            first = (1 << 40) + own * (1 << 30)
+            starts = [first + 2 * k * PAGE for k in range(50)]
+            ids = table.add_many(starts, [PAGE] * len(starts))
+            if table.lookup(starts).tolist() != ids.tolist():
+                wrong.append(("lost many", own, turn))
+            held = table.remove(first, 100 * PAGE)
+            for i in range(n):
+                held += table.remove((64 * i + 2 + 20 * own) * PAGE, 10 * PAGE)
+            if held != (50 + 10 * n) * PAGE:
+                wrong.append(("held", own, turn, held))
+
+    def look() -> None:
+        while not stop.is_set():
+            if (table.lookup(always) != kept).any() or len(table.ranges()) < n:
+                wrong.append("lookup")
+
+    looking = threading.Thread(target=look)
+    changing = [threading.Thread(target=change, args=(own,)) for own in range(2)]
+    for thread in (looking, *changing):
+        thread.start()
+    for thread in changing:
+        thread.join()
+    stop.set()
+    looking.join()
+    assert not wrong
+    assert table.ranges()["start"].tolist() == always.tolist()
+
+
+def test_a_table_gives_its_memory_back(child: Child) -> None:
+    """What is mapped for 10^5 ranges goes with the table; a table of few ranges has little mapped."""
+    done = child("""
+        def mapped():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[0]) * mmap.PAGESIZE
+
+        def one(n):
+            before = mapped()
+            table = uf.RegionTable()
+            for i in range(n):
+                table.add(2 * i * PAGE, PAGE)
+            full = mapped() - before
+            # What was removed is used again.
+            for i in range(n):
+                table.remove(2 * i * PAGE, PAGE)
+                table.add(2 * i * PAGE, PAGE)
+            assert mapped() - before < 1.3 * full + (1 << 20), (full, mapped() - before)
+            return full
+
+        one(100_000)
+        before = mapped()
+        sizes = [one(100_000) for _ in range(2)]
+        assert min(sizes) > 4 << 20, sizes
+        assert mapped() <= before, (before, mapped())
+
+        tables = [uf.RegionTable() for _ in range(1000)]
+        for table in tables:
+            for _ in range(20):
+                table.add(PAGE, PAGE)
+                table.remove(PAGE, PAGE)
+            table.add(PAGE, PAGE)
+        assert mapped() - before < 1000 * 20480, mapped() - before
+        del table, tables
+        assert mapped() - before < 1 << 20, mapped() - before
+        print("good")
+        """)
+    assert done.stdout == "good\n", done.stderr
+
+
+def test_a_fork_child_has_tables_of_its_own(child: Child) -> None:
+    """A child drops one and changes another while a thread of its parent changes both: neither sees it."""
+    done = child("""
+        kept, dropped = uf.RegionTable(), uf.RegionTable()
+        for table in (kept, dropped):
+            table.add_many([4 * i * PAGE for i in range(5000)], [PAGE] * 5000)
+        stop = threading.Event()
+
+        def change():
+            while not stop.is_set():
+                for table in (kept, dropped):
+                    table.add(2 * PAGE, PAGE)
+                    table.remove(2 * PAGE, PAGE)
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        for turn in range(5):
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    del dropped, table
+                    gc.collect()
+                    for i in range(1000):
+                        kept.add((4 * i + 3) * PAGE, PAGE)
+                        assert kept.remove(4 * i * PAGE, PAGE) == PAGE
+                    assert kept.lookup(3 * PAGE) >= 5000 and kept.lookup(0) == -1
+                    assert kept.lookup(4 * 4999 * PAGE) == 4999
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitpid(pid, 0)[1] == 0, turn
+        stop.set()
+        thread.join()
+        for table in (kept, dropped):
+            assert table.ranges()["id"].tolist() == list(range(5000))
+        print("good")
+        """)
+    assert done.stdout == "good\n", done.stderr
+
+
+def test_a_table_out_of_mappings_loses_nothing(child: Child) -> None:
+    done = child("""
+        import resource
+        table = uf.RegionTable()
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * mmap.PAGESIZE
+        unlimited = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (8 << 20), unlimited[1]))
+        n, refused = 0, []
+        try:
+            while n < 10**6:
+                table.add(2 * n * PAGE, PAGE)
+                n += 1
+        except MemoryError:
+            refused.append("add")
+        try:
+            table.add_many([(1 << 40) + 2 * i * PAGE for i in range(20_000)], [PAGE] * 20_000)
+        except MemoryError:
+            refused.append("add_many")
+        try:
+            tables = [uf.RegionTable() for _ in range(1000)]
+        except MemoryError:
+            refused.append("RegionTable")
+        resource.setrlimit(resource.RLIMIT_AS, unlimited)
+        assert refused == ["add", "add_many", "RegionTable"], refused
+        assert len(table) == n > 10_000
+        assert table.ranges()["start"].tolist() == [2 * i * PAGE for i in range(n)]
+        assert table.add(2 * n * PAGE, PAGE) == n
+        print("good")
+        """)
+    assert done.stdout == "good\n", done.stderr

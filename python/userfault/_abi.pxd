@@ -140,6 +140,13 @@ cdef inline int64_t now() noexcept nogil:
 cdef extern from "<stdlib.h>" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
 
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_read "read"(int fd, void *data, size_t count)
     ssize_t c_write "write"(int fd, const void *data, size_t count)

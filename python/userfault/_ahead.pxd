@@ -4,6 +4,7 @@ from userfault._crew cimport crew_t
 from userfault._fill cimport desk_t, parked_t, worker_t
 from userfault._lease cimport lease_t
 from userfault._served cimport served_t
+from userfault._space cimport space_t
 from userfault._tree cimport entry_t
 
 cdef enum:
@@ -23,6 +24,7 @@ cdef enum:
 
 # Addresses [next, end) of region `id`, to be filled ahead of need.
 ctypedef struct goal_t:
+    space_t *space
     uint64_t next
     uint64_t end
     int64_t id
@@ -34,8 +36,15 @@ ctypedef struct due_t:
     uint64_t n
 
 # The reading thread.
-ctypedef struct loop_t:
+cdef struct loop_t:
+    loop_t *next           # of this process, for its end
     desk_t desk
+    space_t own
+    space_t *children      # a list; under the desk's layout lock
+    int n_children
+    int epoll              # of the children's descriptors; -1 while there were none
+    int64_t asked          # when it was last asked which children live
+    int64_t patience       # until it is asked again
     crew_t crew
     worker_t worker
     int wire

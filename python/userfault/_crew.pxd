@@ -1,7 +1,8 @@
 from libc.stdint cimport int64_t, uint64_t
 
-from userfault._fill cimport desk_t, pthread_mutex_t, worker_t
+from userfault._fill cimport desk_t, worker_t
 from userfault._served cimport served_t
+from userfault._space cimport space_t
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_t:
@@ -16,13 +17,15 @@ cdef enum:
     URGENT = 0
     AHEAD = 1
 
-# Addresses [start, end) of region `id`, whose pages are marked as coming; threads wait for [want, want_end).
+# Addresses [start, end) of a region, whose pages are marked as coming; threads wait for [want, want_end).
 ctypedef struct job_t:
+    space_t *space
+    served_t *served       # only to be looked at while a piece of the table has it
+    uint64_t base
     uint64_t start
     uint64_t end
     uint64_t want
     uint64_t want_end
-    int64_t id
     int64_t since
     uint64_t n_faults
     uint64_t skipped       # the region's count when the job was given
@@ -51,5 +54,5 @@ cdef int new_crew(crew_t *crew, desk_t *desk, int kick_fd) noexcept nogil
 cdef void free_crew(crew_t *crew) noexcept nogil
 cdef int hire(crew_t *crew) noexcept nogil
 cdef void dismiss(crew_t *crew) noexcept nogil
-cdef bint hand(crew_t *crew, served_t *served, const job_t *job, uint64_t first, uint64_t end) noexcept nogil
+cdef bint hand(crew_t *crew, const job_t *job, uint64_t first, uint64_t end) noexcept nogil
 cdef int start_thread(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument) noexcept nogil

@@ -1,4 +1,5 @@
 cdef class Descriptor:
+    cdef object __weakref__
     cdef readonly int pid
     cdef readonly bint closed
     cdef int served              # engines that read it: nobody else may

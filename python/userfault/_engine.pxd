@@ -12,7 +12,10 @@ cdef class Engine:
     cdef readonly int native_id
     cdef readonly int error      # errno that ended the loop, 0
     cdef readonly bint can_move
+    cdef readonly bint hears_forks
+    cdef object __weakref__
     cdef int pid
     cdef loop_t loop
 
     cdef void finish(self) noexcept
+    cdef int let_go(self, kept) except -1

@@ -1,7 +1,9 @@
 from libc.stdint cimport int64_t, uint64_t
 
+from userfault._abi cimport pthread_mutex_t
 from userfault._served cimport served_t
-from userfault._tree cimport entry_t, tree_t
+from userfault._space cimport space_t
+from userfault._tree cimport entry_t
 
 cdef enum:
     LATENCIES = 496
@@ -34,6 +36,10 @@ ctypedef struct counters_t:
     uint64_t unprotected
     uint64_t unknown
     uint64_t handed
+    uint64_t forks
+    uint64_t remaps
+    uint64_t removes
+    uint64_t unmaps
     uint64_t errors[ERRNOS]
     uint64_t latency[LATENCIES]
 
@@ -45,22 +51,17 @@ ctypedef struct failure_t:
     int stage
 
 ctypedef struct parked_t:
+    space_t *space
     uint64_t page
     int64_t since
     bint protected        # write-protected, not missing
 
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
-
 # What the threads of an engine share.
 ctypedef struct desk_t:
-    tree_t *tree
-    int fd
-    int pagemap           # -1: not to be had
     bint can_poison
+    # Held by the reading thread from before it reads an event until the books say what that said; and by
+    # workers while they have the kernel fill what the books say.
+    pthread_mutex_t layout
     pthread_mutex_t lock  # of all that follows; held for moments, and never in a system call
     parked_t *parked      # faults to try again
     size_t n_parked
@@ -72,6 +73,8 @@ ctypedef struct desk_t:
 # One thread that fills. Times are CLOCK_MONOTONIC, in ns.
 ctypedef struct worker_t:
     desk_t *desk
+    space_t *space        # the memory that is being filled
+    bint guarded          # others read the events that change its layout
     counters_t counters
     int64_t since         # when the faults at hand were read
     char *stage           # STAGE_BYTES, aligned to them
@@ -82,6 +85,7 @@ cdef void free_stage(worker_t *worker) noexcept nogil
 cdef bint is_prompt(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
                    uint64_t want, uint64_t want_end, uint64_t mode, bint may_wait) noexcept nogil
+cdef void fill_grown(worker_t *worker, const entry_t *entry, uint64_t page, uint64_t mode) noexcept nogil
 cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_t page, int error,
                int stage) noexcept nogil
 cdef void wake(worker_t *worker, uint64_t start, uint64_t end) noexcept nogil

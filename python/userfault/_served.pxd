@@ -31,7 +31,7 @@ ctypedef struct region_counters_t:
     uint64_t latency[REGION_LATENCIES]
 
 # How one region is served; the payload of its pieces in the table. All counts are pages, from its offset 0.
-ctypedef struct served_t:
+cdef struct served_t:
     source_t source
     int64_t id
     uint64_t n_pages
@@ -41,15 +41,17 @@ ctypedef struct served_t:
     int64_t readahead      # past each fault, or ADAPTIVE
     int huge               # moves of huge pages are worth trying; cleared when the kernel refuses one
     int users              # worker threads that fill from it now
+    int scattered          # some page of it may lie at several addresses (MREMAP_DONTUNMAP)
     uint64_t *resident     # a bit a page: it is there, as far as is known
     uint64_t *coming       # a bit a page: a worker thread was asked for it
     uint64_t skipped       # faults left to a worker thread because their page was coming
     uint64_t source_error  # errno of the last page that nobody waited for and that its source did not give
     uint64_t kernel_error  # likewise, that the kernel did not take
+    const served_t *original     # itself, or whose copy it is for a fork child
     stream_t *streams
     int n_streams
     uint64_t tick
-    region_counters_t counters
+    region_counters_t *counters  # shared with the copies for fork children
 
 cdef bint is_set(const uint64_t *bits, uint64_t page) noexcept nogil
 cdef void set_bits(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
@@ -62,4 +64,5 @@ cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, ui
 
 cdef class Served:
     cdef served_t c
+    cdef region_counters_t counters
     cdef readonly Source source

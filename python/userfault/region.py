@@ -21,7 +21,8 @@ class Region:
 
     Attributes:
         id: its number in `Userfaultfd.regions`.
-        start, length: address and size in bytes.
+        start, length: address and size in bytes, as it was registered (`Userfaultfd.regions` says where it
+            is now, if it was moved since).
         mode: which faults are reported.
         ioctls: the ioctls that the kernel granted for it (UFFDIO_REGISTER).
     """
@@ -63,7 +64,7 @@ class Region:
     @property
     def registered(self) -> bool:
         """Whether the region is still registered, and not closed."""
-        return not self._closed and self._userfaultfd.regions.lookup(self.start) == self.id
+        return not self._closed and bool(self._userfaultfd._pieces(self.id, self.start, self.length))
 
     def unregister(self) -> None:
         """Make it ordinary memory again: from now on, pages that were never filled read as zeros.
@@ -71,7 +72,7 @@ class Region:
         Memory that was registered, not mapped, may be unregistered also after close(). Raises ClosedError
         when it is not registered any more, ForkedError in a fork child.
         """
-        if self._userfaultfd.regions.lookup(self.start) != self.id:
+        if not self._userfaultfd._pieces(self.id, self.start, self.length):
             raise ClosedError("the region is not registered any more")
         self._userfaultfd._unregister(self)
 

@@ -27,7 +27,6 @@ from userfault.region import Region
 from userfault.stats import total
 from userfault.uffd import Userfaultfd
 
-_EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 _HUGE = 2 << 20
 _ADAPTIVE = -1
 _MOST_SHARDS = 64
@@ -115,6 +114,11 @@ class FaultService:
     def closed(self) -> bool:
         return self._userfaultfd._service is not self
 
+    @property
+    def children(self) -> int:
+        """How many fork children are followed; one that has exited counts for up to a second more."""
+        return sum(engine.children for engine in self._engines)
+
     def map(self, length: int) -> Region:
         """`Userfaultfd.map` on the shard with the fewest bytes. Without shards it is just that."""
         with self._userfaultfd._ours():
@@ -182,6 +186,9 @@ class FaultService:
             if served.may_wait:
                 engine.employ(self._workers, self._placement)
             engine.attach(region.start, region.length, served)
+            if engine.hears_forks:
+                for start, length, _ in self._pieces(region):
+                    _mapping.give_to_children(start, length)
 
     def materialize(
         self, region: Region, progress: Callable[[int, int], object] | None = None, *, wait: bool = True
@@ -197,16 +204,20 @@ class FaultService:
         the region or the service is closed, ForkedError. Pages that failed closed before stay so.
         """
         served = self._served(region)
-        served.resync(self._engine_of(region).pagemap, region.start)
+        self._resync(region, served)
         served.take_errors()
         most, last, failed, refused = -1, time.monotonic(), 0, 0
         self._order(region)
         while wait:
-            pages, coming = served.count()
-            there = pages * PAGE_SIZE
+            there = coming = total = 0
+            for _, length, offset in self._pieces(region):
+                pages, asked = served.count(offset // PAGE_SIZE, (offset + length) // PAGE_SIZE)
+                there += pages * PAGE_SIZE
+                coming += asked
+                total += length
             if progress is not None:
-                progress(there, region.length)
-            if there == region.length:
+                progress(there, total)
+            if there == total:
                 return
             errors = served.take_errors()
             failed, refused = errors[0] or failed, errors[1] or refused
@@ -214,8 +225,7 @@ class FaultService:
                 most, last = max(there, most), time.monotonic()
             elif failed:
                 raise SourceError(
-                    f"{region!r}: its source failed: {os.strerror(failed)}; "
-                    f"{region.length - there} bytes are missing"
+                    f"{region!r}: its source failed: {os.strerror(failed)}; {total - there} bytes are missing"
                 )
             waited = time.monotonic() - last
             if refused and waited > _STALLED_SECONDS:
@@ -232,8 +242,8 @@ class FaultService:
         Asks the kernel, so that pages which madvise(MADV_DONTNEED) dropped are seen.
         """
         served = self._served(region)
-        served.resync(self._engine_of(region).pagemap, region.start)
-        return served.resident
+        held = self._resync(region, served)
+        return served.resident & held
 
     def stats(self, region: Region | None = None) -> np.void:
         """The counters so far: a structured scalar, of the service or of one region.
@@ -286,6 +296,8 @@ class FaultService:
     def _end(self, shards: list[Userfaultfd]) -> None:
         for shard in shards:
             if shard._engine is not None:
+                for region in list(shard._alive.values()):
+                    shard._detach(region)
                 shard._engine.detach_all()
                 shard._engine.retire()
         for shard in shards[1:]:
@@ -314,10 +326,28 @@ class FaultService:
 
     def _order(self, region: Region) -> None:
         engine = self._engine_of(region)
-        ranges = region._userfaultfd.regions.ranges()
-        for piece in ranges[ranges["id"] == region.id]:
-            while not engine.order(int(piece["start"]), int(piece["length"]), region.id):
+        for start, length, _ in self._pieces(region):
+            while not engine.order(start, length, region.id):
                 time.sleep(_POLL_SECONDS)
+
+    def _pieces(self, region: Region) -> list[tuple[int, int, int]]:
+        """(start, length, offset) of what there is of the region, as far as it was when it was served."""
+        pieces = region._userfaultfd._pieces(region.id, region.start, region.length)
+        return [
+            (start, min(length, region.length - offset), offset)
+            for start, length, offset in pieces
+            if offset < region.length
+        ]
+
+    def _resync(self, region: Region, served: Served) -> npt.NDArray[np.bool_]:
+        """Ask the kernel which pages are there; which of them are still part of the region."""
+        held = np.zeros(region.length // PAGE_SIZE, np.bool_)
+        pagemap = self._engine_of(region).pagemap
+        for start, length, offset in self._pieces(region):
+            first, end = offset // PAGE_SIZE, (offset + length) // PAGE_SIZE
+            served.resync(pagemap, start - offset, first, end)
+            held[first:end] = True
+        return held
 
     def __enter__(self) -> Self:
         return self
@@ -338,9 +368,9 @@ class FaultService:
 def _check_features(userfaultfd: Userfaultfd, placement: str) -> None:
     """Raise UnsupportedError for what a service does not follow, or lacks."""
     features = Feature(userfaultfd.features) if userfaultfd.api == Api.MSG else Feature(0)
-    if wrong := features & (_EVENTS | Feature.SIGBUS):
+    if Feature.SIGBUS in features:
         raise UnsupportedError(
-            errno.EOPNOTSUPP, f"a FaultService does not follow {names(wrong)}: open without these"
+            errno.EOPNOTSUPP, "with Feature.SIGBUS no fault is ever reported: open without it"
         )
     if placement == "pair" and Feature.THREAD_ID not in features:
         raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -20,7 +21,7 @@ from userfault._engine import Engine
 from userfault._errno import error_for
 from userfault._regions import RegionTable
 from userfault._source import refuse_live_buffers
-from userfault.errors import RangeError, UnsupportedError
+from userfault.errors import OverlapError, RangeError, UnsupportedError
 from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit, names
 from userfault.negotiation import Features, negotiate_on
 from userfault.opening import open_userfaultfd
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from userfault.service import FaultService
+
+
+EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
+_EVENT_SECONDS = 0.2
 
 
 class Userfaultfd:
@@ -58,7 +63,7 @@ class Userfaultfd:
         except BaseException:
             os.close(fd)
             raise
-        self.regions = RegionTable()
+        self._regions = RegionTable()
         self._alive: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._buffers: dict[int, memoryview | None] = {}  # the caller's memory, until it is unregistered
         self._special: dict[int, RegisterMode] = {}  # regions that report more than missing pages
@@ -83,6 +88,13 @@ class Userfaultfd:
         return self.agreement.ioctls
 
     @property
+    def regions(self) -> RegionTable:
+        """The registered ranges: as the last event left them, when somebody reads those."""
+        if self._engine is not None:
+            self._engine.settle()
+        return self._regions
+
+    @property
     def closed(self) -> bool:
         return self._descriptor.closed
 
@@ -104,7 +116,7 @@ class Userfaultfd:
             start, length = mapping.start, mapping.length
             number, ioctls = self._register(start, length, mode)
             try:
-                mapping.attach(self._descriptor, self.regions)
+                mapping.attach(self._descriptor, self.regions, number)
             except BaseException:  # a signal handler may have closed it
                 self.regions.remove(start, length)
                 raise
@@ -162,7 +174,7 @@ class Userfaultfd:
             )
         with self._descriptor as fd:
             # First into the table, so that no fault of it can come from an unknown address.
-            number = self.regions.add(start, length)
+            number = self._add(start, length)
             kept = False
             try:
                 if not owned:
@@ -182,15 +194,29 @@ class Userfaultfd:
             self._special[number] = mode
         return number, ioctls
 
+    def _add(self, start: int, length: int) -> int:
+        deadline = time.monotonic() + _EVENT_SECONDS
+        while True:
+            try:
+                return self.regions.add(start, length)
+            except OverlapError:
+                # Unmapped memory may have been given out again before its unmap event was read.
+                if Feature.EVENT_UNMAP not in self._events() or time.monotonic() > deadline:
+                    raise
+                time.sleep(_EVENT_SECONDS / 100)
+
     def _give_back(self, number: int, start: int, length: int) -> None:
+        pieces = self._pieces(number, start, length)
         fd = self._descriptor.hold(even_closed=True)
         try:
-            _ioctl.unregister(fd, start, length)
+            for first, size, _ in pieces:
+                _ioctl.unregister(fd, first, size)
         finally:
             self._descriptor.release()
         if self._engine is not None:
             self._engine.detach(number, start, length)
-        self.regions.remove(start, length)
+        for first, size, _ in pieces:
+            self.regions.remove(first, size)
         self._buffers.pop(number, None)
         self._special.pop(number, None)
         self._descriptor.kick()
@@ -204,19 +230,29 @@ class Userfaultfd:
         if os.getpid() != self._descriptor.pid:
             self._descriptor.check()
         with self._lock:
+            pieces = self._pieces(region.id, region.start, region.length)
             self._give_back(region.id, region.start, region.length)
             if region._mapped:
                 region._memory.detach()  # type: ignore[union-attr]
             else:
-                _mapping.give_to_children(region.start, region.length)
+                for start, length, _ in pieces:
+                    _mapping.give_to_children(start, length)
 
     def _close_region(self, region: Region) -> None:
         if os.getpid() != self._descriptor.pid:
             return
         with self._lock:
-            if self._engine is not None:
-                self._engine.detach(region.id, region.start, region.length)
+            self._detach(region)
             region._release()
+
+    def _detach(self, region: Region) -> None:
+        """Serve it no more; and so fork children may not have it."""
+        if self._engine is not None:
+            if self._engine.hears_forks and region.id in self._engine.keep:
+                for start, length, _ in self._pieces(region.id, region.start, region.length):
+                    with contextlib.suppress(OSError):  # unmapped just now
+                        _mapping.keep_from_children(start, length)
+            self._engine.detach(region.id, region.start, region.length)
 
     # -- life cycle ------------------------------------------------------------------------------
 
@@ -261,14 +297,30 @@ class Userfaultfd:
         if hasattr(self, "_service") and not sys.is_finalizing():
             self.close()
 
+    def _events(self) -> Feature:
+        """The events that the kernel reports."""
+        if self.api == Api.MSG:
+            return Feature(self.features) & EVENTS
+        return Feature.EVENT_FORK if RfcBit.FORK in RfcBit(self.features) else Feature(0)
+
+    def _pieces(self, number: int, start: int, length: int) -> list[tuple[int, int, int]]:
+        """Where a region, registered at [start, start + length), is now: (start, length, offset in it) of
+        each of its pieces, in address order."""
+        if not self._events() & (Feature.EVENT_REMAP | Feature.EVENT_UNMAP):
+            return [(start, length, 0)] if self.regions.lookup(start) == number else []
+        ranges = self.regions.ranges()
+        pieces = ranges[ranges["id"] == number]
+        return list(zip(*(pieces[name].tolist() for name in ("start", "length", "offset")), strict=True))
+
     def _ensure_engine(self, as_keeper: bool) -> Engine:
         engine = self._engine
         if engine is not None and engine.adopt():
             return engine
         is_msg = self.api == Api.MSG
+        events = self._events()
         can_poison = is_msg and Feature.POISON in Feature(self.agreement.available)
         can_move = is_msg and Feature.MOVE in Feature(self.features)
-        engine = Engine(self._descriptor, self.regions, self.api, can_poison, can_move)
+        engine = Engine(self._descriptor, self.regions, self.api, can_poison, can_move, events)
         engine.start(as_keeper, self._buffers)
         self._engine = engine
         return engine

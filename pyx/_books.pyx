@@ -1,0 +1,191 @@
+"""The books of a userfaultfd: its table of regions after each event equals what the kernel says.
+
+Events say less than all: a remap names the old length only, growing in place is not told at all, and no
+record says what MADV_DONTFORK kept from a child. There the kernel is asked: UFFDIO_COPY from memory that
+cannot be read answers EFAULT where the range lies in one registered mapping, and ENOENT where it does not.
+It works on other processes too, whose /proc we may not know. Sources: userfaultfd(2) and fs/userfaultfd.c.
+"""
+
+from libc.errno cimport EAGAIN, EEXIST, EFAULT, ESRCH, errno
+from libc.stdint cimport uint32_t, uint64_t
+
+from userfault cimport _abi
+from userfault._abi cimport msg_record, v2_record
+from userfault._errno cimport error_for
+from userfault._ioctl cimport PAGE_SIZE, uffd_copy
+from userfault._tree cimport before, cut, enter, insert, leave, list_range, lock_tree, unlock_tree
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
+    int PROT_NONE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+
+DEF PATIENCE = 200   # times that a change of the mappings, whose event was read, is waited for
+
+# A page that cannot be read. Low, because the kernel wants address + length to be user space.
+cdef uint64_t unreadable = <uint64_t>mmap(<void *><uint64_t>0x100000000, PAGE_SIZE, PROT_NONE,
+                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+if unreadable == <uint64_t>-1:
+    raise error_for("mmap of a page", errno)
+
+
+cdef int decode_event(int wire, const char *record, event_t *event) noexcept nogil:
+    """The kind of a record, and unless it is FAULT or UNKNOWN what it says."""
+    cdef const msg_record *msg = <const msg_record *>record
+    cdef const v2_record *v2 = <const v2_record *>record
+    event.kind = UNKNOWN
+    if wire == _abi.WIRE_V1:
+        event.kind = FAULT
+    elif wire == _abi.WIRE_V2:
+        if v2.type == _abi.UFFD_PAGEFAULT:
+            event.kind = FAULT
+        elif v2.type == _abi.UFFD_FORK:
+            event.kind = FORK
+            event.fd = <int>v2.arg
+    elif msg.event == _abi.UFFD_EVENT_PAGEFAULT:
+        event.kind = FAULT
+    elif msg.event == _abi.UFFD_EVENT_FORK:
+        event.kind = FORK
+        event.fd = <int><uint32_t>msg.flags
+    elif msg.event == _abi.UFFD_EVENT_REMAP:
+        # {from, to, len}, under the names of a page fault; len is the old one.
+        event.kind = REMAP
+        event.start = msg.flags
+        event.to = msg.address
+        event.end = msg.flags + msg.ptid
+    elif msg.event == _abi.UFFD_EVENT_REMOVE or msg.event == _abi.UFFD_EVENT_UNMAP:
+        event.kind = REMOVE if msg.event == _abi.UFFD_EVENT_REMOVE else UNMAP
+        event.start = msg.flags
+        event.end = msg.address
+    return event.kind
+
+
+# -- what the kernel says ------------------------------------------------------------------------------
+
+cdef int is_registered(int fd, uint64_t start, uint64_t end) noexcept nogil:
+    """Whether [start, end) lies in one registered mapping: 1, 0, or -errno: EAGAIN, while another event
+    waits to be read; ESRCH, when the process is gone."""
+    cdef uint64_t done
+    cdef int result = -EAGAIN, tries = 0
+    while result == -EAGAIN and tries < PATIENCE:
+        if tries:
+            # Whoever changed the mappings says that this is over when it runs again.
+            sched_yield()
+        tries += 1
+        result = uffd_copy(fd, start, unreadable, end - start, 0, &done)
+    if result == -EFAULT or result == -EEXIST:
+        return 1
+    return result if result == -EAGAIN or result == -ESRCH else 0
+
+
+cdef uint64_t reach(int fd, uint64_t start, uint64_t end, uint64_t limit) noexcept nogil:
+    """[start, end) is registered: the end of its mapping, `limit` at the most."""
+    cdef uint64_t step = PAGE_SIZE
+    while end + step <= limit and is_registered(fd, start, end + step) == 1:
+        end += step
+        step *= 2
+    while step > PAGE_SIZE:
+        step //= 2
+        if end + step <= limit and is_registered(fd, start, end + step) == 1:
+            end += step
+    return end
+
+
+# -- keeping the books ---------------------------------------------------------------------------------
+
+cdef int keep_books(tree_t *tree, int fd, const event_t *event, bint hears_unmap) noexcept nogil:
+    """Change the table as the event says. `hears_unmap`: what is moved away from is told by an unmap event.
+
+    0 or -ENOMEM.
+    """
+    cdef uint64_t taken
+    cdef int result = 0
+    if event.end <= event.start or (event.start | event.end) % PAGE_SIZE:
+        return 0
+    if event.kind == UNMAP:
+        lock_tree(tree)
+        result = cut(tree, event.start, event.end, &taken)
+        unlock_tree(tree)
+    elif event.kind == REMAP and event.to % PAGE_SIZE == 0:
+        result = remap(tree, fd, event, hears_unmap)
+    return result
+
+
+cdef int remap(tree_t *tree, int fd, const event_t *event, bint hears_unmap) noexcept nogil:
+    cdef uint64_t at = event.start, shift = event.to - event.start, taken
+    # MREMAP_DONTUNMAP leaves the old range registered.
+    cdef bint leaves = hears_unmap or is_registered(fd, event.start, event.start + PAGE_SIZE) == 1
+    cdef entry_t entry, other
+    cdef int result
+    lock_tree(tree)
+    # Whatever was there has been unmapped (MREMAP_FIXED).
+    result = cut(tree, event.to, event.end + shift, &taken)
+    while result == 0 and at < event.end and list_range(tree, at, event.end, &entry, 1):
+        at = entry.end
+        entry.start += shift
+        entry.end += shift
+        entry.base += shift
+        result = insert(tree, &entry, &other)
+    if result == 0 and not leaves:
+        result = cut(tree, event.start, event.end, &taken)
+    unlock_tree(tree)
+    if result == 0 and at > event.start:
+        # It may have grown on the way, or before, which no event says.
+        find_grown(tree, fd, at + shift, &entry)
+    return result
+
+
+cdef bint find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noexcept nogil:
+    """Whether the unknown address belongs to a region that grew (mremap in place raises no event): then the
+    table holds all of it now, and `entry` is it."""
+    cdef entry_t other
+    cdef uint64_t end, limit = <uint64_t>1 << 62, taken
+    cdef int ticket = enter(tree)
+    cdef bint near = before(tree, address, entry)
+    leave(tree, ticket)
+    if not near or entry.end > address or is_registered(fd, entry.end - PAGE_SIZE, address + PAGE_SIZE) != 1:
+        return False
+    lock_tree(tree)
+    if list_range(tree, address, limit, &other, 1):
+        limit = other.start
+    unlock_tree(tree)
+    end = reach(fd, entry.end - PAGE_SIZE, address + PAGE_SIZE, limit)
+    lock_tree(tree)
+    if cut(tree, entry.start, entry.end, &taken) == 0 and taken == entry.end - entry.start:
+        entry.end = end
+        near = insert(tree, entry, &other) == 0
+    else:
+        near = False
+    unlock_tree(tree)
+    return near
+
+
+cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
+    """Fill a new table with what a forked child has of its parent's regions. 0 or -ENOMEM."""
+    cdef entry_t entry, other
+    cdef uint64_t at = 0, page
+    cdef size_t found
+    cdef int result = 0
+    while result == 0:
+        lock_tree(parent)
+        found = list_range(parent, at, <uint64_t>1 << 62, &entry, 1)
+        unlock_tree(parent)
+        if not found:
+            break
+        at = entry.end
+        if is_registered(child_fd, entry.start, entry.end) == 1:
+            result = insert(child, &entry, &other)
+        elif (is_registered(child_fd, entry.start, entry.start + PAGE_SIZE) == 1
+              or is_registered(child_fd, entry.end - PAGE_SIZE, entry.end) == 1):
+            # In several mappings, or partly kept from it (MADV_DONTFORK).
+            page = entry.start
+            while page < at and result == 0:
+                if is_registered(child_fd, page, page + PAGE_SIZE) == 1:
+                    entry.start = page
+                    entry.end = page = reach(child_fd, page, page + PAGE_SIZE, at)
+                    result = insert(child, &entry, &other)
+                else:
+                    page += PAGE_SIZE
+    return result

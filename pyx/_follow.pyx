@@ -1,0 +1,150 @@
+"""Following what a process does to its memory: fork, remap, remove and unmap, as the reading thread hears it.
+
+Whoever forks, moves or drops memory sleeps until its record is read, perhaps holding the GIL, or, in fork(),
+the locks of malloc: nothing here waits for either. Source: userfaultfd(2), "non-cooperative" events.
+"""
+
+from libc.errno cimport EMFILE
+from libc.stdint cimport int64_t, uint64_t
+
+from userfault._abi cimport (
+    add_int, add_u64, load_int, now, ppoll, pthread_mutex_lock, pthread_mutex_unlock, timespec,
+)
+from userfault._books cimport FORK, REMAP, UNKNOWN, UNMAP, decode_event, event_t, keep_books
+from userfault._ioctl cimport PAGE_SIZE
+from userfault._served cimport clear_bits, served_t
+from userfault._space cimport free_space, has_ended, new_space
+from userfault._tree cimport entry_t, list_range, lock_tree, unlock_tree
+
+cdef extern from "<sys/epoll.h>" nogil:
+    int epoll_create1(int flags)
+    int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
+
+cdef extern from "<sys/resource.h>" nogil:
+    struct rlimit:
+        unsigned long rlim_cur
+        unsigned long rlim_max
+    int getrlimit(int resource, rlimit *limits)
+    int setrlimit(int resource, const rlimit *limits)
+    int RLIMIT_NOFILE
+
+DEF SOON = 10000000      # ns until children are asked whether they live, when there is a new one
+DEF LATE = 1000000000    # at the most
+DEF ROOM = 64            # descriptors
+
+
+cdef bint hear(loop_t *loop, space_t *space, const char *record) noexcept nogil:
+    """Do what a record that is no page fault says, under the layout's lock. False: it says nothing known."""
+    cdef event_t event
+    cdef entry_t entry
+    cdef served_t *served
+    cdef uint64_t at
+    cdef bint left = True
+    decode_event(loop.wire, record, &event)
+    if not space.hears_events or event.kind == UNKNOWN:
+        return False
+    loop.unparked = 0  # what could not be filled while the record waited can be now
+    if event.kind == FORK:
+        loop.worker.counters.forks += 1
+        return adopt(loop, space, event.fd)
+    if event.kind == UNMAP:
+        loop.worker.counters.unmaps += 1
+        left = False
+    elif event.kind == REMAP:
+        loop.worker.counters.remaps += 1
+    else:
+        loop.worker.counters.removes += 1
+    at = event.start
+    while left:
+        lock_tree(space.tree)
+        left = at < event.end and list_range(space.tree, at, event.end, &entry, 1)
+        unlock_tree(space.tree)
+        at = entry.end
+        if left and entry.payload != NULL:
+            served = <served_t *>entry.payload
+            if event.kind == REMAP:
+                served.scattered = True
+            else:
+                clear_bits(served.resident, min((entry.start - entry.base) // PAGE_SIZE, served.n_pages),
+                           min((entry.end - entry.base) // PAGE_SIZE, served.n_pages))
+    keep_books(space.tree, space.fd, &event, space.hears_unmap)
+    # Last: a worker that sees no change has seen the books as they are.
+    add_u64(&space.changes, 1)
+    return True
+
+
+cdef bint adopt(loop_t *loop, space_t *parent, int fd) noexcept nogil:
+    """Serve a child, whose descriptor is `fd`. Without memory it is not: its threads sleep."""
+    cdef epoll_event event
+    cdef space_t *space = new_space(parent, fd)
+    if space == NULL:
+        return False
+    if loop.epoll < 0:
+        loop.epoll = epoll_create1(EPOLL_CLOEXEC)
+    event.events = EPOLLIN
+    event.data.ptr = space
+    epoll_ctl(loop.epoll, EPOLL_CTL_ADD, fd, &event)
+    space.next = loop.children
+    loop.children = space
+    add_int(&loop.n_children, 1)
+    loop.asked = now()
+    loop.patience = SOON
+    return True
+
+
+cdef void ask(loop_t *loop) noexcept nogil:
+    """Ask the children whether they live, and let go of those that do not."""
+    cdef space_t **link = &loop.children
+    cdef space_t *space
+    cdef bint ended = False
+    loop.asked = now()
+    while link[0] != NULL:
+        space = link[0]
+        if not space.gone and has_ended(space):
+            space.gone = ended = True
+            # Whoever has inherited the descriptor keeps it in there otherwise.
+            epoll_ctl(loop.epoll, EPOLL_CTL_DEL, space.fd, NULL)
+            forget(loop, space)
+        if space.gone and load_int(&space.users) == 0:
+            pthread_mutex_lock(&loop.desk.layout)
+            link[0] = space.next
+            pthread_mutex_unlock(&loop.desk.layout)
+            free_space(space)
+            add_int(&loop.n_children, -1)
+        else:
+            link = &space.next
+    loop.patience = SOON if ended else min(2 * loop.patience, <int64_t>LATE)
+
+
+cdef void forget(loop_t *loop, const space_t *space) noexcept nogil:
+    """Nothing of the space is to be done any more."""
+    cdef size_t i = 0, n = 0
+    while i < loop.n_goals:
+        if loop.goals[i].space == space:
+            loop.n_goals -= 1
+            loop.goals[i] = loop.goals[loop.n_goals]
+        else:
+            i += 1
+    pthread_mutex_lock(&loop.desk.lock)
+    for i in range(loop.desk.n_parked):
+        if loop.desk.parked[i].space != space:
+            loop.desk.parked[n] = loop.desk.parked[i]
+            n += 1
+    loop.desk.n_parked = n
+    pthread_mutex_unlock(&loop.desk.lock)
+
+
+cdef void find_room(loop_t *loop) noexcept nogil:
+    """A fork record needs a descriptor, and there is none: fork() waits for it. Sleeps for a moment."""
+    cdef rlimit limits
+    cdef timespec moment
+    loop.worker.counters.errors[EMFILE] += 1
+    ask(loop)
+    if getrlimit(RLIMIT_NOFILE, &limits) == 0 and limits.rlim_cur < limits.rlim_max:
+        limits.rlim_cur = min(limits.rlim_cur + ROOM, limits.rlim_max)
+        setrlimit(RLIMIT_NOFILE, &limits)
+        return
+    moment.tv_sec = 0
+    moment.tv_nsec = 1000000
+    ppoll(NULL, 0, &moment, NULL)
