@@ -9,9 +9,10 @@ from libc.stdint cimport int64_t, uint64_t
 
 from userfault._abi cimport load_int, load_u64, pthread_mutex_lock, pthread_mutex_unlock, store_int
 from userfault._crew cimport AHEAD, URGENT, crew_t, hand, job_t, queue_t
-from userfault._fill cimport fill, is_prompt, park
+from userfault._fill cimport fill, park
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport HUGE_PAGES, first_missing, missing_end, served_t
+from userfault._stage cimport is_prompt
 from userfault._tree cimport enter, entry_t, find, leave, tree_t
 
 

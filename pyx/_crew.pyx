@@ -12,10 +12,11 @@ from libc.stdlib cimport calloc, free
 from userfault._abi cimport (
     add_int, c_write, load_u64, now, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, swap_int_if,
 )
-from userfault._fill cimport count_latency, desk_t, fill, free_stage, new_stage, wake, worker_t
+from userfault._fill cimport count_latency, desk_t, fill, wake, worker_t
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport clear_bits, served_t, set_bits
 from userfault._space cimport space_t
+from userfault._stage cimport free_stage, new_stage
 from userfault._tree cimport enter, entry_t, find, leave, list_range, lock_tree, unlock_tree
 
 cdef extern from "<signal.h>" nogil:

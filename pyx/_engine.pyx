@@ -13,8 +13,7 @@ this, until no registered memory is left.
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.stdio cimport snprintf
-from libc.string cimport memcmp, memcpy, strlen
+from libc.string cimport memcpy
 
 import os
 import time
@@ -22,28 +21,27 @@ import time
 import numpy as np
 
 from userfault._abi cimport (
-    UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_UNMAP, WIRE_V2, add_int,
+    UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_UNMAP,
     aligned_alloc, c_close, getpid, load_int, msg_record, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock, store_int, swap_int_if,
 )
 from userfault._ahead cimport (
     ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t,
 )
-from userfault._books cimport FORK, decode_event, event_t
 from userfault._crew cimport MOST_WORKERS, dismiss, free_crew, hire, new_crew, pthread_t, start_thread
 from userfault._descriptor cimport Descriptor
 from userfault._errno cimport error_for
 from userfault._fill cimport (
-    ERRNOS, FAILURES, LATENCIES, PARKED, counters_t, failure_t, free_stage, new_stage, parked_t,
+    ERRNOS, FAILURES, LATENCIES, PARKED, counters_t, failure_t, parked_t,
 )
 from userfault._ioctl cimport PAGE_SIZE, uffd_wake
+from userfault._follow cimport delist, end_children, enlist, leave_children, pin_child
 from userfault._loop cimport run_loop
-from userfault._regions cimport RegionTable
+from userfault._regions cimport RegionTable, drop_payloads, give_payload, quiesce
 from userfault._served cimport Served, served_t
-from userfault._space cimport copy_of, poison_missing, space_t
-from userfault._tree cimport (
-    advance, empty, entry_t, list_range, lock_tree, set_payload, tree_t, unlock_tree,
-)
+from userfault._space cimport copy_of, space_t
+from userfault._stage cimport free_stage, new_stage
+from userfault._tree cimport empty
 
 from userfault._consts import DTYPES, WIRES
 from userfault._descriptor import inherited
@@ -55,13 +53,8 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int gettid()
-    ssize_t readlink(const char *path, char *target, size_t room)
-
-cdef extern from "<stdlib.h>" nogil:
-    int atexit(void (*function)() noexcept nogil)
 
 DEF END = 1 << 62        # past all memory
-cdef const char *USERFAULTFD = "anon_inode:[userfaultfd]"
 
 STAGES = ("no source serves it", "its source failed", "the kernel refused it")
 PLACEMENTS = ("spin", "any", "pair")
@@ -176,8 +169,7 @@ cdef class Engine:
         self.finished = False
         self.buffers = buffers
         self.descriptor.served += 1
-        self.loop.next = live.next
-        live.next = &self.loop
+        enlist(&self.loop)
         Py_INCREF(self)
         err = start_thread(&thread, read_and_serve, <void *>self)
         if err:
@@ -294,24 +286,11 @@ cdef class Engine:
 
     def leave_to_parent(self):
         """In a fork child: close what was inherited."""
-        cdef loop_t *loop = &self.loop
-        cdef space_t *space = loop.children
-        cdef event_t event
-        cdef size_t record = 16 if loop.wire == WIRE_V2 else sizeof(msg_record), i, n
-        while space != NULL:
-            c_close(space.fd)
-            space = space.next
-        # A child of which the parent's thread had only just read.
-        n = CAPACITY if self.hears_forks else 0
-        for i in range(n):
-            if decode_event(loop.wire, loop.records + i * record, &event) == FORK:
-                close_userfaultfd(event.fd)
-        loop.children = NULL
-        loop.n_children = 0
-        for fd in (loop.own.pagemap, loop.epoll):
-            if fd >= 0:
-                c_close(fd)
-        loop.own.pagemap = loop.epoll = loop.own.fd = -1
+        leave_children(&self.loop)
+        delist(&self.loop)
+        if self.loop.own.pagemap >= 0:
+            c_close(self.loop.own.pagemap)
+        self.loop.own.pagemap = self.loop.own.fd = -1
 
     def order(self, uint64_t start, uint64_t length, int64_t region):
         """Have [start, start + length) of the region filled; False: too many orders wait already.
@@ -400,61 +379,6 @@ cdef int wait_for_workers(served_t *served) except -1:
         time.sleep(20e-6)
 
 
-cdef uint64_t give_payload(tree_t *tree, uint64_t start, uint64_t end, int64_t id, void *payload) except? 0:
-    """`set_payload` as one step of its own: the bytes that have the payload now."""
-    cdef uint64_t total
-    cdef int error
-    lock_tree(tree)
-    error = set_payload(tree, start, end, id, payload, &total)
-    unlock_tree(tree)
-    if error:
-        raise MemoryError
-    return total
-
-
-cdef size_t drop_payloads(tree_t *tree) except? 0:
-    """How many pieces had one."""
-    cdef entry_t entry
-    cdef uint64_t at = 0
-    cdef size_t found = 1, n = 0
-    while found:
-        lock_tree(tree)
-        found = list_range(tree, at, END, &entry, 1)
-        unlock_tree(tree)
-        if found and entry.payload != NULL:
-            give_payload(tree, entry.start, entry.end, entry.id, NULL)
-            n += 1
-        at = entry.end
-    return n
-
-
-cdef object quiesce(tree_t *tree):
-    """Wait until every reader that is inside now has left, and so lets go of the payloads it found."""
-    cdef uint64_t target = tree.epoch + 2
-    while True:
-        lock_tree(tree)
-        advance(tree)
-        unlock_tree(tree)
-        if tree.epoch >= target:
-            return
-        time.sleep(20e-6)
-
-
-# -- fork children -------------------------------------------------------------------------------------
-
-cdef space_t *pin_child(loop_t *loop, space_t *last) noexcept nogil:
-    """The child after `last` (the first after NULL), which stays there until it is `last`; or NULL."""
-    cdef space_t *space
-    pthread_mutex_lock(&loop.desk.layout)
-    space = loop.children if last == NULL else last.next
-    if space != NULL:
-        add_int(&space.users, 1)
-    if last != NULL:
-        add_int(&last.users, -1)
-    pthread_mutex_unlock(&loop.desk.layout)
-    return space
-
-
 cdef object no_thread(int err):
     return UffdError(err, "no thread to be had for the engine: raise RLIMIT_NPROC (ulimit -u) or the "
                           "cgroup's pids.max")
@@ -463,43 +387,3 @@ cdef object no_thread(int err):
 cdef object oldest_first(ring, uint64_t total):
     cdef size_t n = len(ring)
     return ring[:total].copy() if total <= n else np.roll(ring, -<Py_ssize_t>(total % n))
-
-
-cdef void end_children(loop_t *loop) noexcept nogil:
-    """What the children still miss fails closed: without us they would read zeros."""
-    cdef space_t *space = pin_child(loop, NULL)
-    while space != NULL:
-        if not space.gone:
-            poison_missing(space)
-        space = pin_child(loop, space)
-
-
-cdef void delist(loop_t *loop) noexcept nogil:
-    cdef loop_t *before = &live
-    while before.next != loop:
-        before = before.next
-    before.next = loop.next
-
-
-cdef void farewell() noexcept nogil:
-    """At the process's end, when nothing of Python is left: its fork children will not be served any more."""
-    cdef loop_t *loop = live.next
-    while loop != NULL and getpid() == live_pid:
-        end_children(loop)
-        loop = loop.next
-
-
-cdef loop_t live        # the head of a list of the loops that run
-cdef int live_pid = getpid()
-atexit(farewell)
-
-
-cdef void close_userfaultfd(int fd) noexcept nogil:
-    """Close the descriptor if that is what it still is."""
-    cdef char path[64]
-    cdef char target[32]
-    cdef ssize_t n
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)
-    n = readlink(path, target, sizeof(target))
-    if n == <ssize_t>strlen(USERFAULTFD) and memcmp(target, USERFAULTFD, n) == 0:
-        c_close(fd)

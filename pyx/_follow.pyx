@@ -6,20 +6,30 @@ the locks of malloc: nothing here waits for either. Source: userfaultfd(2), "non
 
 from libc.errno cimport EMFILE
 from libc.stdint cimport int64_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.string cimport memcmp, strlen
 
 from userfault._abi cimport (
-    add_int, add_u64, load_int, now, ppoll, pthread_mutex_lock, pthread_mutex_unlock, timespec,
+    WIRE_V2, add_int, add_u64, c_close, getpid, load_int, now, ppoll, pthread_mutex_lock,
+    pthread_mutex_unlock, timespec,
 )
+from userfault._ahead cimport CAPACITY, loop_t
 from userfault._books cimport FORK, REMAP, UNKNOWN, UNMAP, decode_event, event_t, keep_books
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport clear_bits, served_t
-from userfault._space cimport free_space, has_ended, new_space
+from userfault._space cimport free_space, has_ended, new_space, poison_missing, space_t
 from userfault._tree cimport entry_t, list_range, lock_tree, unlock_tree
 
 cdef extern from "<sys/epoll.h>" nogil:
     int epoll_create1(int flags)
     int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
     int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
+
+cdef extern from "<stdlib.h>" nogil:
+    int atexit(void (*function)() noexcept nogil)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t readlink(const char *path, char *target, size_t room)
 
 cdef extern from "<sys/resource.h>" nogil:
     struct rlimit:
@@ -32,6 +42,8 @@ cdef extern from "<sys/resource.h>" nogil:
 DEF SOON = 10000000      # ns until children are asked whether they live, when there is a new one
 DEF LATE = 1000000000    # at the most
 DEF ROOM = 64            # descriptors
+
+cdef const char *USERFAULTFD = "anon_inode:[userfaultfd]"
 
 
 cdef bint hear(loop_t *loop, space_t *space, const char *record) noexcept nogil:
@@ -148,3 +160,86 @@ cdef void find_room(loop_t *loop) noexcept nogil:
     moment.tv_sec = 0
     moment.tv_nsec = 1000000
     ppoll(NULL, 0, &moment, NULL)
+
+
+cdef space_t *pin_child(loop_t *loop, space_t *last) noexcept nogil:
+    """The child after `last` (the first after NULL), which stays there until it is `last`; or NULL."""
+    cdef space_t *space
+    pthread_mutex_lock(&loop.desk.layout)
+    space = loop.children if last == NULL else last.next
+    if space != NULL:
+        add_int(&space.users, 1)
+    if last != NULL:
+        add_int(&last.users, -1)
+    pthread_mutex_unlock(&loop.desk.layout)
+    return space
+
+
+cdef void end_children(loop_t *loop) noexcept nogil:
+    """What the children still miss fails closed: without us they would read zeros."""
+    cdef space_t *space = pin_child(loop, NULL)
+    while space != NULL:
+        if not space.gone:
+            poison_missing(space)
+        space = pin_child(loop, space)
+
+
+cdef void leave_children(loop_t *loop) noexcept nogil:
+    """In a fork child: close what of its siblings was inherited."""
+    cdef space_t *space = loop.children
+    cdef size_t record = 16 if loop.wire == WIRE_V2 else 32, i
+    cdef event_t event
+    while space != NULL:
+        c_close(space.fd)
+        space = space.next
+    # And what the parent's thread had only just read.
+    for i in range(<size_t>CAPACITY):
+        if decode_event(loop.wire, loop.records + i * record, &event) == FORK:
+            close_userfaultfd(event.fd)
+    if loop.epoll >= 0:
+        c_close(loop.epoll)
+    loop.children = NULL
+    loop.n_children = 0
+    loop.epoll = -1
+
+
+cdef void close_userfaultfd(int fd) noexcept nogil:
+    """Close the descriptor if that is what it still is."""
+    cdef char path[64]
+    cdef char target[32]
+    cdef ssize_t n
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd)
+    n = readlink(path, target, sizeof(target))
+    if n == <ssize_t>strlen(USERFAULTFD) and memcmp(target, USERFAULTFD, n) == 0:
+        c_close(fd)
+
+
+# -- the process's end ---------------------------------------------------------------------------------
+
+cdef loop_t running     # the head of a list of the loops that run; changed under the GIL
+
+
+cdef void enlist(loop_t *loop) noexcept:
+    loop.pid = getpid()
+    loop.next = running.next
+    running.next = loop
+
+
+cdef void delist(loop_t *loop) noexcept:
+    cdef loop_t *before = &running
+    while before.next != NULL and before.next != loop:
+        before = before.next
+    if before.next != NULL:
+        before.next = loop.next
+
+
+cdef void farewell() noexcept nogil:
+    """When nothing of Python is left: fork children will not be served any more."""
+    cdef loop_t *loop = running.next
+    while loop != NULL:
+        if loop.pid == getpid():
+            end_children(loop)
+        loop = loop.next
+
+
+atexit(farewell)

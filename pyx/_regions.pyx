@@ -10,13 +10,13 @@ import time
 import numpy as np
 
 from userfault._abi cimport (
-    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT, WIRE_MSG, WIRE_V2, load_u64, msg_record, v1_record,
+    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT, WIRE_MSG, WIRE_V2, msg_record, v1_record,
     v2_record,
 )
 from userfault._ioctl cimport PAGE_SIZE, as_u64, check_range
 from userfault._tree cimport (
     advance, best_search, count, cut, enter, entry_t, fell, find, insert, leave, list_all, locate,
-    lock_tree, plant, replace_all, tree_t, unlock_tree,
+    list_range, lock_tree, plant, replace_all, set_payload, tree_t, unlock_tree,
 )
 
 from userfault._consts import DTYPES, WIRES
@@ -217,17 +217,6 @@ cdef class RegionTable:
             free(pieces)
         return table
 
-    cdef int quiesce(self) except -1:
-        """Wait until every reader that is inside now has left, and so lets go of the payloads it found."""
-        cdef uint64_t target = load_u64(&self.tree.epoch) + 2
-        while True:
-            lock_tree(&self.tree)
-            advance(&self.tree)
-            unlock_tree(&self.tree)
-            if load_u64(&self.tree.epoch) >= target:
-                return 0
-            time.sleep(20e-6)
-
     def __len__(self):
         cdef size_t n
         lock_tree(&self.tree)
@@ -321,3 +310,45 @@ cdef object as_addresses(values):
             raise RecordError(f"addresses must be uint64, not {values.dtype}: use .astype(np.uint64)")
         return values
     return np.fromiter(map(as_u64, values), np.uint64, len(values))
+
+
+# -- for the engine ------------------------------------------------------------------------------------
+
+cdef uint64_t give_payload(tree_t *tree, uint64_t start, uint64_t end, int64_t id, void *payload) except? 0:
+    """`set_payload` as one step of its own: the bytes that have the payload now."""
+    cdef uint64_t total
+    cdef int error
+    lock_tree(tree)
+    error = set_payload(tree, start, end, id, payload, &total)
+    unlock_tree(tree)
+    if error:
+        raise MemoryError
+    return total
+
+
+cdef size_t drop_payloads(tree_t *tree) except? 0:
+    """How many pieces had one."""
+    cdef entry_t entry
+    cdef uint64_t at = 0
+    cdef size_t found = 1, n = 0
+    while found:
+        lock_tree(tree)
+        found = list_range(tree, at, INT64_MAX, &entry, 1)
+        unlock_tree(tree)
+        if found and entry.payload != NULL:
+            give_payload(tree, entry.start, entry.end, entry.id, NULL)
+            n += 1
+        at = entry.end
+    return n
+
+
+cdef int quiesce(tree_t *tree) except -1:
+    """Wait until every reader that is inside now has left, and so lets go of the payloads it found."""
+    cdef uint64_t target = tree.epoch + 2
+    while True:
+        lock_tree(tree)
+        advance(tree)
+        unlock_tree(tree)
+        if tree.epoch >= target:
+            return 0
+        time.sleep(20e-6)

@@ -22,19 +22,23 @@ import userfault._follow
 import userfault._ioctl
 import userfault._lease
 import userfault._loop
+import userfault._serve
 import userfault._served
 import userfault._slab
 import userfault._source
 import userfault._space
+import userfault._stage
 import userfault._tree
 
 MODULES = {
     userfault._loop: ("run_loop",),
-    userfault._follow: ("hear", "ask", "find_room"),
+    userfault._serve: ("serve",),
+    userfault._stage: ("new_stage", "free_stage", "stage_is_huge", "is_prompt", "bring"),
+    userfault._follow: ("hear", "ask", "find_room", "end_children"),
     userfault._books: ("decode_event", "keep_books", "find_grown", "copy_books"),
     userfault._space: ("new_space", "free_space", "has_ended", "poison_missing", "copy_of"),
     userfault._ahead: ("give", "set_goal", "take_orders", "advance"),
-    userfault._fill: ("fill", "fail", "wake", "park", "count_latency", "is_prompt", "fill_grown"),
+    userfault._fill: ("fill", "fail", "wake", "park", "count_latency", "fill_grown"),
     userfault._crew: ("hand", "run"),
     userfault._served: (
         "look_ahead",

@@ -37,7 +37,8 @@ ctypedef struct due_t:
 
 # The reading thread.
 cdef struct loop_t:
-    loop_t *next           # of this process, for its end
+    loop_t *next           # for the process's end
+    int pid
     desk_t desk
     space_t own
     space_t *children      # a list; under the desk's layout lock

@@ -80,9 +80,6 @@ ctypedef struct worker_t:
     char *stage           # STAGE_BYTES, aligned to them
     int64_t small_until   # the stage was no huge page: do not try again before
 
-cdef int new_stage(worker_t *worker) noexcept nogil
-cdef void free_stage(worker_t *worker) noexcept nogil
-cdef bint is_prompt(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
                    uint64_t want, uint64_t want_end, uint64_t mode, bint may_wait) noexcept nogil
 cdef void fill_grown(worker_t *worker, const entry_t *entry, uint64_t page, uint64_t mode) noexcept nogil

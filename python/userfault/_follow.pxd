@@ -11,3 +11,8 @@ cdef extern from "<sys/epoll.h>" nogil:
 cdef bint hear(loop_t *loop, space_t *space, const char *record) noexcept nogil
 cdef void ask(loop_t *loop) noexcept nogil
 cdef void find_room(loop_t *loop) noexcept nogil
+cdef space_t *pin_child(loop_t *loop, space_t *last) noexcept nogil
+cdef void end_children(loop_t *loop) noexcept nogil
+cdef void leave_children(loop_t *loop) noexcept nogil
+cdef void enlist(loop_t *loop) noexcept
+cdef void delist(loop_t *loop) noexcept

@@ -1,4 +1,4 @@
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from userfault._tree cimport tree_t
 
@@ -8,4 +8,8 @@ cdef class RegionTable:
     cdef int64_t next_id
 
     cdef tuple search(self, what, bint with_offsets)
-    cdef int quiesce(self) except -1
+
+
+cdef uint64_t give_payload(tree_t *tree, uint64_t start, uint64_t end, int64_t id, void *payload) except? 0
+cdef size_t drop_payloads(tree_t *tree) except? 0
+cdef int quiesce(tree_t *tree) except -1
