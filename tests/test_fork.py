@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support import LAB, Child
+from support import LAB, Child, only
 
 
 def test_a_fork_child_does_nothing_to_its_parent(wire: str, child: Child) -> None:
@@ -78,6 +78,7 @@ def test_a_fork_in_the_middle_of_a_lookup(wire: str, child: Child) -> None:
     assert done.stdout == "good\n", done.stderr
 
 
+@only("v1", "msg")  # v2 always hears forks: test_follow.py
 def test_a_fork_child_faults_where_the_parent_has_lazy_memory(wire: str, child: Child) -> None:
     """Without the fork event a child would read zeros; without the memory it dies of SIGSEGV."""
     done = child("""
