@@ -186,8 +186,8 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
             msg = <const msg_record *>loop.records + i
             # With THREAD_ID, which placement "pair" asks for; otherwise 0.
             loop.tid = <int>msg.ptid if i == 0 or loop.tid == <int>msg.ptid else 0
-            fault = (msg.event == _abi.UFFD_EVENT_PAGEFAULT
-                     and not msg.flags & _abi.UFFD_PAGEFAULT_FLAG_MINOR)
+            # Also a minor one, of memory whose monitor has closed: it fails closed as a missing page does.
+            fault = msg.event == _abi.UFFD_EVENT_PAGEFAULT
             protected = fault and msg.flags & _abi.UFFD_PAGEFAULT_FLAG_WP
             arg = msg.address
             record = sizeof(msg_record)

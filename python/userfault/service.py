@@ -179,6 +179,7 @@ class FaultService:
                 )
             huge = (
                 engine.can_move
+                and region.id not in region._userfaultfd._shared
                 and (ahead == _ADAPTIVE or max(ahead, unit) * PAGE_SIZE >= _HUGE)
                 and _mapping.allow_huge_pages(region.start, region.length)
             )
@@ -187,8 +188,8 @@ class FaultService:
                 engine.employ(self._workers, self._placement)
             engine.attach(region.start, region.length, served)
             if engine.hears_forks:
-                for start, length, _ in self._pieces(region):
-                    _mapping.give_to_children(start, length)
+                for piece in region._userfaultfd._children_pieces(region):
+                    _mapping.give_to_children(*piece)
 
     def materialize(
         self, region: Region, progress: Callable[[int, int], object] | None = None, *, wait: bool = True

@@ -25,7 +25,7 @@ from userfault.errors import OverlapError, RangeError, UnsupportedError
 from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit, names
 from userfault.negotiation import Features, negotiate_on
 from userfault.opening import open_userfaultfd
-from userfault.procmaps import registered, vmas
+from userfault.procmaps import memory_devices, registered, vmas
 from userfault.region import Region
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Userfaultfd:
         self._alive: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._buffers: dict[int, memoryview | None] = {}  # the caller's memory, until it is unregistered
         self._special: dict[int, RegisterMode] = {}  # regions that report more than missing pages
+        self._shared: set[int] = set()  # regions of shared memory, into which no page can be moved
+        self._inherited: dict[int, list[tuple[int, int]]] = {}  # what fork children get back: start, length
         # Held by whoever changes any of this; never by the engine, which waits for nobody.
         self._lock = threading.RLock()
         self._engine: Engine | None = None
@@ -131,12 +133,21 @@ class Userfaultfd:
     ) -> Region:
         """Register memory of one's own: an address and a length, or a writable buffer.
 
-        It must be private anonymous memory, whole pages, and live until it is unregistered; a buffer is held
-        until then. Fork children do not get it (as in `map`). After close() its missing pages fail closed.
+        It must be whole pages, and live until it is unregistered; a buffer is held until then. Fork children
+        do not get it (as in `map`). After close() its missing pages fail closed.
+
+        It is private anonymous memory, or shared memory: memfds, MAP_SHARED|MAP_ANONYMOUS, files of a tmpfs
+        such as /dev/shm, shmget(2), in a shared or a private mapping. For that the features agreed on must
+        have MISSING_SHMEM, MINOR_SHMEM or WP_HUGETLBFS_SHMEM, as the mode asks. A page of shared memory is
+        missing when it is not in the page cache: what another mapping or write(2) put there raises no missing
+        fault, but a minor one; and a touch through a mapping that is not registered leaves zeros there.
+        `move` is refused (EINVAL), though `Region.ioctls` lists it.
 
         Raises RangeError (misaligned, empty, not mapped), OverlapError (registered here already),
-        UnsupportedError (shared, file-backed, huge-page, heap or stack memory), SourceError (it is the
-        memory of a Buffer source), UffdError (EBUSY: registered elsewhere), TypeError for a read-only buffer.
+        UnsupportedError (shared memory without the features, which it names; memory of hugetlbfs, of other
+        files, of the heap or the stack), SourceError (it is the memory of a Buffer source), TypeError for a
+        read-only buffer, UffdError (EBUSY: registered elsewhere; EPERM: a shared mapping of what may not be
+        written; EINVAL: minor faults of anonymous memory). Source: ioctl_userfaultfd(2).
         """
         mode = RegisterMode(mode)
         view = None
@@ -156,10 +167,14 @@ class Userfaultfd:
             start, length = flat.ctypes.data, flat.nbytes
         length = _ioctl.check_range(start, length)
         with self._ours():
-            _check_ordinary(start, length)
+            features = Feature(self.features) if self.api == Api.MSG else Feature(0)
+            shared, inherited = _check_ordinary(start, length, mode, features)
             refuse_live_buffers(start, start + length)
-            number, ioctls = self._register(start, length, mode, owned=False)
+            number, ioctls = self._register(start, length, mode, inherited)
             self._buffers[number] = view
+            self._inherited[number] = inherited
+            if shared:
+                self._shared.add(number)
             return self._region(number, start, length, mode, ioctls, view, False)
 
     def _ours(self) -> threading.RLock:
@@ -167,7 +182,14 @@ class Userfaultfd:
         self._descriptor.check()
         return self._lock
 
-    def _register(self, start: int, length: int, mode: RegisterMode, owned: bool = True) -> tuple[int, Ioctl]:
+    def _register(
+        self,
+        start: int,
+        length: int,
+        mode: RegisterMode,
+        inherited: list[tuple[int, int]] | None = None,
+    ) -> tuple[int, Ioctl]:
+        """Of memory of the caller's own, `inherited` are the pieces that fork children get so far."""
         if self._service is not None and mode != RegisterMode.MISSING:
             raise UnsupportedError(
                 errno.EOPNOTSUPP, f"a service serves missing pages only, not {names(mode)}"
@@ -175,20 +197,20 @@ class Userfaultfd:
         with self._descriptor as fd:
             # First into the table, so that no fault of it can come from an unknown address.
             number = self._add(start, length)
-            kept = False
+            kept = []
             try:
-                if not owned:
+                if inherited is not None:
                     # What is another's already stays as it is, above all out of fork children.
                     if registered(start, start + length):
                         raise error_for("UFFDIO_REGISTER", errno.EBUSY)
                     # Before registering: a fork in between would make a child that reads zeros.
-                    kept = True
+                    kept = inherited
                     _mapping.keep_from_children(start, length)
                 ioctls = Ioctl(_ioctl.register(fd, start, length, mode))
             except BaseException:
                 self.regions.remove(start, length)
-                if kept:
-                    _mapping.give_to_children(start, length)
+                for piece in kept:
+                    _mapping.give_to_children(*piece)
                 raise
         if mode != RegisterMode.MISSING:
             self._special[number] = mode
@@ -211,6 +233,8 @@ class Userfaultfd:
         try:
             for first, size, _ in pieces:
                 _ioctl.unregister(fd, first, size)
+                # It wakes who waits for missing pages, not who sleeps in a minor or a write-protect fault.
+                _ioctl.wake(fd, first, size)
         finally:
             self._descriptor.release()
         if self._engine is not None:
@@ -219,6 +243,7 @@ class Userfaultfd:
             self.regions.remove(first, size)
         self._buffers.pop(number, None)
         self._special.pop(number, None)
+        self._shared.discard(number)
         self._descriptor.kick()
 
     def _region(self, number: int, *rest: Any) -> Region:
@@ -230,13 +255,14 @@ class Userfaultfd:
         if os.getpid() != self._descriptor.pid:
             self._descriptor.check()
         with self._lock:
-            pieces = self._pieces(region.id, region.start, region.length)
+            children_pieces = self._children_pieces(region)
             self._give_back(region.id, region.start, region.length)
             if region._mapped:
                 region._memory.detach()  # type: ignore[union-attr]
             else:
-                for start, length, _ in pieces:
-                    _mapping.give_to_children(start, length)
+                for piece in children_pieces:
+                    _mapping.give_to_children(*piece)
+                self._inherited.pop(region.id)
 
     def _close_region(self, region: Region) -> None:
         if os.getpid() != self._descriptor.pid:
@@ -249,9 +275,9 @@ class Userfaultfd:
         """Serve it no more; and so fork children may not have it."""
         if self._engine is not None:
             if self._engine.hears_forks and region.id in self._engine.keep:
-                for start, length, _ in self._pieces(region.id, region.start, region.length):
+                for piece in self._children_pieces(region):
                     with contextlib.suppress(OSError):  # unmapped just now
-                        _mapping.keep_from_children(start, length)
+                        _mapping.keep_from_children(*piece)
             self._engine.detach(region.id, region.start, region.length)
 
     # -- life cycle ------------------------------------------------------------------------------
@@ -311,6 +337,18 @@ class Userfaultfd:
         ranges = self.regions.ranges()
         pieces = ranges[ranges["id"] == number]
         return list(zip(*(pieces[name].tolist() for name in ("start", "length", "offset")), strict=True))
+
+    def _children_pieces(self, region: Region) -> list[tuple[int, int]]:
+        """(start, length) of what fork children would have of the region, were it not registered."""
+        ranges = self._inherited.get(region.id, [(region.start, region.length)])
+        found = []
+        for start, length, offset in self._pieces(region.id, region.start, region.length):
+            for first, size in ranges:
+                low = max(offset, first - region.start)
+                high = min(offset + length, first - region.start + size)
+                if low < high:
+                    found.append((start - offset + low, high - low))
+        return found
 
     def _ensure_engine(self, as_keeper: bool) -> Engine:
         engine = self._engine
@@ -396,27 +434,49 @@ def _forget(userfaultfd: weakref.ref[Userfaultfd], number: int, start: int, leng
         owner._special.pop(number, None)
 
 
-def _check_ordinary(start: int, length: int) -> None:
-    """Refuse what a service cannot serve, or what others share without knowing."""
-    reached = start
-    for vma in vmas(start, start + length):
+_ORDINARY = (
+    "register private anonymous memory, as map() or mmap.mmap(-1, n, flags=MAP_PRIVATE|MAP_ANONYMOUS) gives"
+)
+_SHARED = {
+    RegisterMode.MISSING: Feature.MISSING_SHMEM,
+    RegisterMode.MINOR: Feature.MINOR_SHMEM,
+    RegisterMode.WP: Feature.WP_HUGETLBFS_SHMEM,
+}
+
+
+def _check_ordinary(
+    start: int, length: int, mode: RegisterMode, features: Feature
+) -> tuple[bool, list[tuple[int, int]]]:
+    """Refuse what a service cannot serve, or what others share without knowing.
+
+    Returns whether any of it is shared memory, and the pieces (start, length) that fork children get so far.
+    """
+    lacking = Feature(sum(_SHARED[bit] for bit in mode)) & ~features
+    end, reached = start + length, start
+    devices: set[str] | None = None
+    shared = False
+    inherited = []
+    for vma in vmas(start, end):
         if vma.start > reached:
             break
+        if "dc" not in vma.flags:
+            inherited.append((reached, min(vma.end, end) - reached))
         reached = vma.end
-        what = ""
-        if "s" in vma.permissions:
-            what = "shared memory"
-        elif "ht" in vma.flags:
+        what, remedy = "", _ORDINARY
+        if "ht" in vma.flags:
             what = "huge-page memory (hugetlbfs)"
         elif vma.name in ("[heap]", "[stack]"):
             what = f"memory of the {vma.name[1:-1]}, whose pages other objects share"
-        elif vma.name and not vma.name.startswith("[anon"):
-            what = f"a mapping of {vma.name}"
+        elif vma.name and not vma.name.startswith("[anon:"):
+            devices = devices or memory_devices()
+            shared = True
+            if vma.device not in devices:
+                what = f"a mapping of {vma.name}"
+            elif lacking:
+                what = "shared memory"
+                remedy = f'open with api="msg" and features that have {names(lacking)}'
         if what:
-            raise UnsupportedError(
-                errno.EOPNOTSUPP,
-                f"[{start:#x}, +{length:#x}) is {what}: register private anonymous memory, as map() "
-                "or mmap.mmap(-1, n, flags=MAP_PRIVATE|MAP_ANONYMOUS) gives",
-            )
-    if reached < start + length:
+            raise UnsupportedError(errno.EOPNOTSUPP, f"[{start:#x}, +{length:#x}) is {what}: {remedy}")
+    if reached < end:
         raise RangeError(f"[{start:#x}, +{length:#x}) is not all mapped: {reached:#x} is not")
+    return shared, inherited
