@@ -66,30 +66,27 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             last = since
             pair(loop, since)
             alone = loop.lease.held and got == 1
-            if loop.children != NULL:
-                tend(loop)
+        elif got == -EAGAIN or got == -EINTR:
+            alone = False
+        else:
+            lease_end(&loop.lease)
+            return got if got < 0 else -ENODATA
+        if loop.children != NULL and tend(loop):
+            got = 1
+            last = now()
+            keen = True
+        if got > 0:
             # All that is not urgent gets its turn even while faults never stop coming.
-            if since - loop.unparked > RETRY_NS:
-                loop.unparked = since
+            if last - loop.unparked > RETRY_NS:
+                loop.unparked = last
                 unpark(loop)
                 take_orders(loop)
                 advance(loop, False)
+                ask_in_time(loop, last)
             advance(loop, True)
             continue
-        alone = False
-        if got == -EINTR:
-            continue
-        if got != -EAGAIN:
-            lease_end(&loop.lease)
-            return got if got < 0 else -ENODATA
         if loop.children != NULL:
-            if now() - loop.asked > loop.patience:
-                ask(loop)
-            if tend(loop):
-                last = now()
-                keen = True
-                advance(loop, True)
-                continue
+            ask_in_time(loop, now())
         take_orders(loop)
         unpark_in_time(loop)
         if advance(loop, False):
@@ -124,6 +121,12 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             c_read(fds[1].fd, &kicks, sizeof(kicks))
             fds[1].revents = 0
         unpark_in_time(loop)
+
+
+cdef inline void ask_in_time(loop_t *loop, int64_t at) noexcept nogil:
+    """Every now and then, `ask`."""
+    if loop.children != NULL and at - loop.asked > loop.patience:
+        ask(loop)
 
 
 cdef void pair(loop_t *loop, int64_t since) noexcept nogil:

@@ -330,3 +330,25 @@ def test_memory_of_ours_that_the_user_unmapped_or_moved(wire: str, child: Child)
         assert (page_at(start) == 3).all() and another.registered
         """,
     )
+
+
+@forks
+@only("msg")
+def test_no_descriptors_left_for_more_children(wire: str, child: Child) -> None:
+    """fork() waits until one of those that are followed has exited."""
+    run(
+        child,
+        """
+        import resource
+        region = u.map(N * PAGE)
+        service.serve(region, uf.sources.Buffer(data))
+        used = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2, used + 8))
+        def child():
+            time.sleep(0.02)
+            return all(same(region.start + n * PAGE, data, n) for n in range(N))
+        pids = [fork(child) for _ in range(40)]
+        assert all(map(ended_well, pids)) and gone(service)
+        assert service.stats()["errors"][24]  # EMFILE
+        """,
+    )
