@@ -6,13 +6,13 @@ cannot be read answers EFAULT where the range lies in one registered mapping, an
 It works on other processes too, whose /proc we may not know. Sources: userfaultfd(2) and fs/userfaultfd.c.
 """
 
-from libc.errno cimport EAGAIN, EEXIST, EFAULT, ESRCH, errno
+from libc.errno cimport EAGAIN, EEXIST, EFAULT, ENOENT, ESRCH, errno
 from libc.stdint cimport uint32_t, uint64_t
 
 from userfault cimport _abi
 from userfault._abi cimport msg_record, v2_record
 from userfault._errno cimport error_for
-from userfault._ioctl cimport PAGE_SIZE, uffd_copy
+from userfault._ioctl cimport PAGE_SIZE, uffd_copy, uffd_poison
 from userfault._tree cimport before, cut, enter, insert, leave, list_range, lock_tree, unlock_tree
 
 cdef extern from "<sched.h>" nogil:
@@ -23,6 +23,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_NONE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
 
 DEF PATIENCE = 200   # times that a change of the mappings, whose event was read, is waited for
+DEF END = 1 << 62    # past all memory
 
 # A page that cannot be read. Low, because the kernel wants address + length to be user space.
 cdef uint64_t unreadable = <uint64_t>mmap(<void *><uint64_t>0x100000000, PAGE_SIZE, PROT_NONE,
@@ -68,13 +69,13 @@ cdef int is_registered(int fd, uint64_t start, uint64_t end) noexcept nogil:
     """Whether [start, end) lies in one registered mapping: 1, 0, or -errno: EAGAIN, while another event
     waits to be read; ESRCH, when the process is gone."""
     cdef uint64_t done
-    cdef int result = -EAGAIN, tries = 0
-    while result == -EAGAIN and tries < PATIENCE:
-        if tries:
-            # Whoever changed the mappings says that this is over when it runs again.
-            sched_yield()
-        tries += 1
+    cdef int result = -EAGAIN
+    for _ in range(PATIENCE):
         result = uffd_copy(fd, start, unreadable, end - start, 0, &done)
+        if result != -EAGAIN:
+            break
+        # Whoever changed the mappings says that this is over when it runs again.
+        sched_yield()
     if result == -EFAULT or result == -EEXIST:
         return 1
     return result if result == -EAGAIN or result == -ESRCH else 0
@@ -114,14 +115,14 @@ cdef int keep_books(tree_t *tree, int fd, const event_t *event, bint hears_unmap
 
 
 cdef int remap(tree_t *tree, int fd, const event_t *event, bint hears_unmap) noexcept nogil:
-    cdef uint64_t at = event.start, shift = event.to - event.start, taken
+    cdef uint64_t at = event.start, shift = event.to - event.start, to_end = event.end + shift, taken
     # MREMAP_DONTUNMAP leaves the old range registered.
     cdef bint leaves = hears_unmap or is_registered(fd, event.start, event.start + PAGE_SIZE) == 1
     cdef entry_t entry, other
     cdef int result
     lock_tree(tree)
     # Whatever was there has been unmapped (MREMAP_FIXED).
-    result = cut(tree, event.to, event.end + shift, &taken)
+    result = cut(tree, event.to, to_end, &taken)
     while result == 0 and at < event.end and list_range(tree, at, event.end, &entry, 1):
         at = entry.end
         entry.start += shift
@@ -141,7 +142,7 @@ cdef bint find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noe
     """Whether the unknown address belongs to a region that grew (mremap in place raises no event): then the
     table holds all of it now, and `entry` is it."""
     cdef entry_t other
-    cdef uint64_t end, limit = <uint64_t>1 << 62, taken
+    cdef uint64_t end, limit = END, taken
     cdef int ticket = enter(tree)
     cdef bint near = before(tree, address, entry)
     leave(tree, ticket)
@@ -162,6 +163,13 @@ cdef bint find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noe
     return near
 
 
+cdef bint may_have(int child_fd, uint64_t start, uint64_t end) noexcept nogil:
+    """Whether a forked child has the parent's range in one mapping. Yes, too, when the kernel does not say,
+    because the child has made an event already (a fork of its own): too much in the books does no harm."""
+    cdef int answer = is_registered(child_fd, start, end)
+    return answer == 1 or answer == -EAGAIN
+
+
 cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
     """Fill a new table with what a forked child has of its parent's regions. 0 or -ENOMEM."""
     cdef entry_t entry, other
@@ -170,22 +178,56 @@ cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
     cdef int result = 0
     while result == 0:
         lock_tree(parent)
-        found = list_range(parent, at, <uint64_t>1 << 62, &entry, 1)
+        found = list_range(parent, at, END, &entry, 1)
         unlock_tree(parent)
         if not found:
             break
         at = entry.end
-        if is_registered(child_fd, entry.start, entry.end) == 1:
+        if may_have(child_fd, entry.start, entry.end):
             result = insert(child, &entry, &other)
-        elif (is_registered(child_fd, entry.start, entry.start + PAGE_SIZE) == 1
-              or is_registered(child_fd, entry.end - PAGE_SIZE, entry.end) == 1):
+        elif (may_have(child_fd, entry.start, entry.start + PAGE_SIZE)
+              or may_have(child_fd, entry.end - PAGE_SIZE, entry.end)):
             # In several mappings, or partly kept from it (MADV_DONTFORK).
             page = entry.start
             while page < at and result == 0:
-                if is_registered(child_fd, page, page + PAGE_SIZE) == 1:
+                if may_have(child_fd, page, page + PAGE_SIZE):
                     entry.start = page
                     entry.end = page = reach(child_fd, page, page + PAGE_SIZE, at)
                     result = insert(child, &entry, &other)
                 else:
                     page += PAGE_SIZE
     return result
+
+
+cdef bint poison_missing(tree_t *tree, int fd) noexcept nogil:
+    """Let all missing pages of a child's regions fail closed: when its descriptor is closed they would read
+    as zeros. False: not all, for an event of the child waits to be read. Before Linux 6.6 nothing happens."""
+    cdef entry_t entry
+    cdef uint64_t at = 0, size, done
+    cdef int result, patience = 5 * PATIENCE
+    cdef bint complete = True
+    while True:
+        lock_tree(tree)
+        if not list_range(tree, at, END, &entry, 1):
+            unlock_tree(tree)
+            return complete
+        unlock_tree(tree)
+        at = entry.start
+        size = entry.end - at
+        while at < entry.end:
+            result = uffd_poison(fd, at, size, 0, &done)
+            at += done
+            if result == -EAGAIN and (done or patience):
+                patience -= not done
+                sched_yield()
+            elif result == -ENOENT and size > PAGE_SIZE:
+                # In several mappings, of which one ioctl reaches one.
+                size = (size // 2 + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
+                continue
+            elif result == -EEXIST or result == -ENOENT:
+                at += PAGE_SIZE
+            elif result != 0:
+                complete = complete and result != -EAGAIN
+                break
+            size = entry.end - at
+        at = entry.end

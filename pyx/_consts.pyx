@@ -13,9 +13,14 @@ MSG_DTYPE = np.dtype([
     ("event", "u1"), ("reserved1", "u1"), ("reserved2", "<u2"), ("reserved3", "<u4"),
     ("flags", "<u8"), ("address", "<u8"), ("ptid", "<u8"),
 ])
+# The same 32 bytes as events say them: MSG_DTYPE's records.view(REMAP_DTYPE) reads a remap.
+REMAP_DTYPE = np.dtype([*MSG_DTYPE.descr[:4], ("from", "<u8"), ("to", "<u8"), ("length", "<u8")])
+RANGE_DTYPE = np.dtype([*MSG_DTYPE.descr[:4], ("start", "<u8"), ("end", "<u8"), ("reserved4", "<u8")])
+FORK_DTYPE = np.dtype([*MSG_DTYPE.descr[:4], ("fd", "<u4"), ("reserved4", "<u4"), ("reserved5", "<u8", 2)])
 assert V1_DTYPE.itemsize == sizeof(_abi.v1_record)
 assert V2_DTYPE.itemsize == sizeof(_abi.v2_record)
 assert MSG_DTYPE.itemsize == sizeof(_abi.msg_record)
+assert REMAP_DTYPE.itemsize == RANGE_DTYPE.itemsize == FORK_DTYPE.itemsize == sizeof(_abi.msg_record)
 
 WIRES = {"v1": int(_abi.WIRE_V1), "v2": int(_abi.WIRE_V2), "msg": int(_abi.WIRE_MSG)}
 DTYPES = {"v1": V1_DTYPE, "v2": V2_DTYPE, "msg": MSG_DTYPE}

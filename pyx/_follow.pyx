@@ -14,10 +14,10 @@ from userfault._abi cimport (
     pthread_mutex_unlock, timespec,
 )
 from userfault._ahead cimport CAPACITY, loop_t
-from userfault._books cimport FORK, REMAP, UNKNOWN, UNMAP, decode_event, event_t, keep_books
+from userfault._books cimport FORK, REMAP, UNKNOWN, UNMAP, decode_event, event_t, keep_books, poison_missing
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport clear_bits, served_t
-from userfault._space cimport free_space, has_ended, new_space, poison_missing, space_t
+from userfault._space cimport free_space, has_ended, new_space, space_t
 from userfault._tree cimport entry_t, list_range, lock_tree, unlock_tree
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -180,7 +180,7 @@ cdef void end_children(loop_t *loop) noexcept nogil:
     cdef space_t *space = pin_child(loop, NULL)
     while space != NULL:
         if not space.gone:
-            poison_missing(space)
+            poison_missing(space.tree, space.fd)
         space = pin_child(loop, space)
 
 

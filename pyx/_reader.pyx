@@ -11,6 +11,7 @@ from libc.string cimport memmove
 import os
 import socket
 import stat
+import weakref
 from operator import index
 
 import numpy as np
@@ -19,21 +20,29 @@ from userfault._abi cimport (
     UFFD_BIT_WP, UFFD_BIT_WRITE, UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP,
     UFFD_EVENT_REMOVE, UFFD_EVENT_UNMAP, UFFD_FORK, UFFD_PAGEFAULT,
     UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE, POLLERR, POLLIN, POLLNVAL,
-    c_read, msg_record, now, pollfd, ppoll, timespec, v2_record,
+    c_close, c_read, load_int, msg_record, now, pollfd, ppoll, store_int, timespec, v2_record,
 )
+from userfault._books cimport FORK, decode_event, event_t
+from userfault._children cimport ForkBatch, follow, forking
 from userfault._descriptor cimport Descriptor
 from userfault._errno cimport error_for
 from userfault._ioctl cimport PAGE_SIZE
+from userfault._regions cimport RegionTable
 
-from userfault._consts import DTYPES, MSG_DTYPE, V1_DTYPE, V2_DTYPE
+from userfault._children import readers
+from userfault._consts import DTYPES, MSG_DTYPE, V1_DTYPE, V2_DTYPE, WIRES
+from userfault._descriptor import inherited
 from userfault.errors import (
     BusyError, ClosedError, EndOfRecordsError, RecordError, TruncatedRecordError,
 )
-from userfault.negotiation import probe
+from userfault.flags import Feature
+from userfault.negotiation import agreement_of, probe
 
 cdef enum:
     TIMED_OUT = -100001
     WOKEN = -100002
+
+DEF MOMENT = 1000000    # ns
 
 cdef int64_t NEVER = INT64_MAX
 
@@ -97,6 +106,13 @@ cdef class EventReader:
     cdef readonly Py_ssize_t capacity
     cdef Descriptor own        # the number, borrowed, and our own close()
     cdef Descriptor parent     # the Userfaultfd's, None for a bare number
+    cdef RegionTable table     # whose books are kept; None where no events are heard
+    cdef object agreement
+    cdef bint hears_unmap
+    cdef int wire
+    cdef object batch          # weak reference to the last ForkBatch
+    cdef int waiting           # in read(), and not on the way out of it
+    cdef size_t unowned        # bytes of records whose forks' descriptors are in no batch yet
     cdef object array
     cdef Py_buffer buffer
     cdef size_t record         # bytes of one
@@ -105,6 +121,7 @@ cdef class EventReader:
     cdef bint poll_first       # a blocking descriptor: read() only when something is there
     cdef bint framed           # each read() ends with a message: no later bytes complete a record
     cdef bint busy
+    cdef object __weakref__
 
     def __cinit__(self, source, capacity=512, api=None):
         capacity = index(capacity)
@@ -117,6 +134,9 @@ cdef class EventReader:
             api = str(source.api)
             self.framed = True
             fd = self.parent.check()
+            self.agreement = source.agreement
+            if self.agreement.events:
+                self.table = source.regions
         elif not isinstance(api, str) or api not in DTYPES:
             raise ValueError(f"a bare descriptor needs api= one of {', '.join(DTYPES)}, not {api!r}")
         else:
@@ -136,9 +156,15 @@ cdef class EventReader:
                                      f"call os.set_blocking({fd}, False) first")
                 if api not in probe().apis:
                     raise ValueError(f"descriptor {fd} is a userfaultfd, and the kernel does not speak {api}")
+                self.agreement = agreement_of(fd, api)
+                if self.agreement.events:
+                    # Of another process, perhaps: there are no books, only descriptors of fork children.
+                    self.table = RegionTable()
             elif stat.S_ISSOCK(mode):
                 with socket.socket(fileno=os.dup(fd)) as peer:
                     self.framed = peer.type != socket.SOCK_STREAM
+        self.hears_unmap = self.table is not None and Feature.EVENT_UNMAP in self.agreement.events
+        self.wire = WIRES[api]
         self.own = Descriptor(fd, borrowed=True)
         self.api = str(api)
         self.dtype = DTYPES[api]
@@ -149,6 +175,9 @@ cdef class EventReader:
         skip = -room.ctypes.data % 64
         self.array = room[skip:skip + capacity * self.record].view(self.dtype)
         PyObject_GetBuffer(self.array, &self.buffer, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        if self.table is not None and Feature.EVENT_FORK in self.agreement.events:
+            readers.append(weakref.ref(self, readers.remove))
+            inherited.add(self)
 
     def __dealloc__(self):
         if self.array is not None:
@@ -203,17 +232,22 @@ cdef class EventReader:
         cdef char *data = <char *>self.buffer.buf
         cdef int closed_fd = self.own.closed_fd
         cdef int parent_closed_fd = -1 if self.parent is None else self.parent.closed_fd
-        cdef bint poll_first = self.poll_first
+        cdef bint poll_first = self.poll_first, hears = self.table is not None
         cdef size_t room, whole
         cdef ssize_t got
+        if self.batch is not None:
+            self.end_batch()
         if self.tail:
             memmove(data, data + self.tail_at, self.tail)
             self.tail_at = 0
         while True:
             room = self.capacity * self.record - self.tail
             with nogil:
-                got = wait_and_read(fd, closed_fd, parent_closed_fd, data + self.tail, room, poll_first,
-                                    deadline)
+                if hears:
+                    got = self.wait(fd, parent_closed_fd, data, room, deadline)
+                else:
+                    got = wait_and_read(fd, closed_fd, parent_closed_fd, data + self.tail, room, poll_first,
+                                        deadline)
             if got > 0:
                 self.tail += got
                 whole = self.tail // self.record
@@ -222,7 +256,7 @@ cdef class EventReader:
                 if self.tail and self.framed:
                     raise self.truncated("the message ends there", whole)
                 if whole:
-                    return self.array[:whole]
+                    return self.array[:whole] if self.table is None else self.heard(fd, whole)
                 continue
             if got == -EINTR:
                 PyErr_CheckSignals()
@@ -239,6 +273,64 @@ cdef class EventReader:
                 raise ClosedError("the descriptor was closed")
             raise error_for(f"read of descriptor {fd}", -got)
 
+    cdef ssize_t wait(self, int fd, int parent_closed_fd, char *into, size_t room,
+                      int64_t deadline) noexcept nogil:
+        """`wait_and_read`, and more of the same until no os.fork() is in progress, which holds the GIL."""
+        cdef ssize_t first = 0, got
+        cdef size_t total = 0
+        while True:
+            store_int(&self.waiting, True)
+            got = wait_and_read(fd, self.own.closed_fd, parent_closed_fd, into + total, room - total, False,
+                                deadline)
+            total += max(got, 0)
+            self.unowned = total
+            first = first or got
+            store_int(&self.waiting, False)
+            if load_int(&forking) == 0 or total == room:
+                return <ssize_t>total or first
+            deadline = now() + MOMENT
+
+    def is_waiting(self, int fd):
+        """Whether a thread waits in read() of that descriptor, and will read the next record."""
+        return load_int(&self.waiting) and self.own.fd == fd
+
+    def leave_to_parent(self):
+        """In a fork child: close what was inherited."""
+        cdef event_t event
+        cdef size_t i
+        for i in range(self.unowned // self.record):
+            if decode_event(self.wire, <const char *>self.buffer.buf + i * self.record, &event) == FORK:
+                c_close(event.fd)
+        self.unowned = 0
+
+    cdef object heard(self, int fd, size_t n):
+        """Keep the books by the first n records, which may be events: the array of them."""
+        cdef const char *data = <const char *>self.buffer.buf
+        cdef ForkBatch batch = None
+        cdef event_t event
+        cdef size_t i = 0
+        while True:
+            with nogil:
+                i = follow(&self.table.tree, fd, self.wire, self.hears_unmap, data, i, n, &event)
+            if i == n:
+                break
+            if batch is None:
+                batch = ForkBatch(self.array, self.agreement)
+            batch.adopt(event.fd, self.table)
+            i += 1
+        self.unowned = 0
+        if batch is None:
+            return self.array[:n]
+        self.batch = weakref.ref(batch)
+        return np.frombuffer(batch, self.dtype, n)
+
+    cdef int end_batch(self) except -1:
+        batch = self.batch()
+        self.batch = None
+        if batch is not None:
+            batch.close()
+        return 0
+
     cdef object truncated(self, str why, size_t whole):
         tail = self.array.view("u1")[self.tail_at:self.tail_at + self.tail].tobytes()
         records = self.array[:whole].copy()
@@ -248,8 +340,11 @@ cdef class EventReader:
                                     records, tail)
 
     def close(self):
-        """Wake a read() in another thread, and refuse new ones. The descriptor itself stays open."""
+        """Wake a read() in another thread, and refuse new ones. The descriptor itself stays open; those of
+        fork children that nobody has taken are closed."""
         self.own.close()
+        if self.batch is not None:
+            self.end_batch()
 
     def __enter__(self):
         return self

@@ -4,17 +4,14 @@ A child's is made by the thread that reads the fork record, while fork() may hol
 record is read: so its memory comes from mmap.
 """
 
-from libc.errno cimport EAGAIN, EEXIST, ESRCH
+from libc.errno cimport ESRCH
 from libc.stdint cimport uint64_t
 
 from userfault._abi cimport c_close
 from userfault._books cimport copy_books
-from userfault._ioctl cimport PAGE_SIZE, uffd_poison, uffd_writeprotect
+from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
 from userfault._served cimport served_t, stream_t
 from userfault._tree cimport entry_t, fell, list_range, lock_tree, plant, set_payload, unlock_tree
-
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
@@ -23,7 +20,6 @@ cdef extern from "<sys/mman.h>" nogil:
 
 DEF LOWEST = 65536       # mmap_min_addr: below it the kernel looks at no process
 DEF END = 1 << 62        # past all memory
-DEF PATIENCE = 1000      # times that an event is waited for, which others read
 
 
 cdef void *zeroed(size_t size) noexcept nogil:
@@ -122,28 +118,3 @@ cdef bint has_ended(const space_t *space) noexcept nogil:
     """Whether the process is gone, or has replaced its memory (execve). Nothing tells it: one must ask."""
     # Nothing is registered there, which a process that lives answers with ENOENT.
     return uffd_writeprotect(space.fd, LOWEST, PAGE_SIZE, 0) == -ESRCH
-
-
-cdef void poison_missing(const space_t *space) noexcept nogil:
-    """Let all missing pages of a child's regions fail closed: without us they would read as zeros."""
-    cdef entry_t entry
-    cdef uint64_t at = 0, done
-    cdef int result, patience = PATIENCE
-    while True:
-        lock_tree(space.tree)
-        if not list_range(space.tree, at, END, &entry, 1):
-            unlock_tree(space.tree)
-            return
-        unlock_tree(space.tree)
-        at = entry.start
-        while at < entry.end:
-            result = uffd_poison(space.fd, at, entry.end - at, 0, &done)
-            at += done
-            if result == -EEXIST:
-                at += PAGE_SIZE
-            elif result == -EAGAIN and patience:
-                patience -= 1
-                sched_yield()
-            elif result != 0 and result != -EAGAIN or done == 0:
-                break
-        at = entry.end

@@ -61,7 +61,8 @@ for kind, page in {steps}:
         assert madvise(11) == 0  # MADV_DOFORK
     actor = threading.Thread(target=do, args=(kind, page))
     actor.start()
-    (record,) = reader.read(30)
+    records = reader.read(30)
+    (record,) = records
     raw, live = record.tobytes(), None
     (translated,) = uf.as_v2(np.array([record]))
     if kind == "fork":
@@ -75,7 +76,9 @@ for kind, page in {steps}:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     if kind == "fork":
-        os.close(int(translated["arg"]))
+        (taken,) = uf.take_children(records)
+        assert taken.fileno() == translated["arg"]
+        taken.close()
         assert madvise(10) == 0  # MADV_DONTFORK
     print(json.dumps([raw.hex(), region.start, live]), flush=True)
 assert len(reader.read(0)) == 0

@@ -13,7 +13,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["service", "monitor"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["service", "fork", "monitor"])
 def test_example(needs_uffd: None, child: Child, block: str) -> None:
     done = child(block)
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,19 @@
 """Linux userfaultfd for Python, at C speed: page faults as numpy records, served without the GIL."""
 
 from userfault import sources
-from userfault._consts import MSG_DTYPE, PAGE_SIZE, V1_DTYPE, V2_DTYPE
+from userfault._consts import (
+    FORK_DTYPE,
+    MSG_DTYPE,
+    PAGE_SIZE,
+    RANGE_DTYPE,
+    REMAP_DTYPE,
+    V1_DTYPE,
+    V2_DTYPE,
+)
 from userfault._reader import EventReader, as_v2
 from userfault._regions import RegionTable
 from userfault._touch import touch
+from userfault.children import take_children
 from userfault.errors import (
     BusyError,
     ChangingError,
@@ -24,7 +33,7 @@ from userfault.errors import (
     UnsupportedError,
     UserfaultError,
 )
-from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit
+from userfault.flags import Api, Event, Feature, Ioctl, RegisterMode, RfcBit
 from userfault.negotiation import Capabilities, probe
 from userfault.region import Region
 from userfault.service import Failure, FaultService, Placement
@@ -32,8 +41,11 @@ from userfault.stats import latency_percentile
 from userfault.uffd import Userfaultfd
 
 __all__ = [
+    "FORK_DTYPE",
     "MSG_DTYPE",
     "PAGE_SIZE",
+    "RANGE_DTYPE",
+    "REMAP_DTYPE",
     "V1_DTYPE",
     "V2_DTYPE",
     "Api",
@@ -42,6 +54,7 @@ __all__ = [
     "ChangingError",
     "ClosedError",
     "EndOfRecordsError",
+    "Event",
     "EventReader",
     "Failure",
     "FaultService",
@@ -70,5 +83,6 @@ __all__ = [
     "latency_percentile",
     "probe",
     "sources",
+    "take_children",
     "touch",
 ]

@@ -29,5 +29,4 @@ cdef struct space_t:
 cdef space_t *new_space(const space_t *parent, int fd) noexcept nogil
 cdef void free_space(space_t *space) noexcept nogil
 cdef bint has_ended(const space_t *space) noexcept nogil
-cdef void poison_missing(const space_t *space) noexcept nogil
 cdef served_t *copy_of(const space_t *space, const served_t *original) noexcept nogil

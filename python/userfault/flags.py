@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import IntFlag, StrEnum
+from enum import IntEnum, IntFlag, StrEnum
 
 from userfault import _consts as c
 
@@ -13,6 +13,16 @@ class Api(StrEnum):
     V1 = "v1"
     V2 = "v2"
     MSG = "msg"
+
+
+class Event(IntEnum):
+    """UFFD_EVENT_*: what a record of msg is about, its field `event`."""
+
+    PAGEFAULT = c.UFFD_EVENT_PAGEFAULT
+    FORK = c.UFFD_EVENT_FORK
+    REMAP = c.UFFD_EVENT_REMAP
+    REMOVE = c.UFFD_EVENT_REMOVE
+    UNMAP = c.UFFD_EVENT_UNMAP
 
 
 class Feature(IntFlag):

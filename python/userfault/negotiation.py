@@ -27,6 +27,7 @@ Features = Feature | Literal["all"] | None
 DEFAULT = Feature.THREAD_ID | Feature.MOVE | Feature.POISON
 # SIGBUS silences every record, WP_ASYNC every write-protect record.
 SILENCING = Feature.SIGBUS | Feature.WP_ASYNC
+EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 _KNOWN = Feature(sum(Feature))
 
 
@@ -49,6 +50,13 @@ class Agreement:
     def refused(self) -> Feature | RfcBit:
         """What was asked for (by default, or as part of "all") and is not to be had."""
         return type(self.asked)(_without(self.asked, self.features))
+
+    @property
+    def events(self) -> Feature:
+        """The events that the kernel reports: those of msg's features, or v2's forks."""
+        if self.api == Api.MSG:
+            return Feature(self.features) & EVENTS
+        return Feature.EVENT_FORK if RfcBit.FORK in RfcBit(self.features) else Feature(0)
 
 
 def _unsupported(what: str, has: str) -> UnsupportedError:
@@ -179,3 +187,15 @@ def probe() -> Capabilities:
         ioctls,
         ways(),
     )
+
+
+def agreement_of(fd: int, api: str) -> Agreement:
+    """What a userfaultfd that others opened has agreed to: by its fdinfo; of v2 all that the kernel has."""
+    can = probe()
+    if api != Api.MSG:
+        bits = can.rfc_bits if api == Api.V2 and can.rfc_bits is not None else RfcBit(0)
+        return Agreement(Api(api), RfcBit(0), bits, bits, can.ioctls)
+    with open(f"/proc/self/fdinfo/{fd}") as info:
+        spoken = next(line for line in info if line.startswith("API:"))
+    features = Feature(int(spoken.split(":")[2], 16)) & _KNOWN  # API:, its number, features, ioctls
+    return Agreement(Api.MSG, features, can.features or features, features, can.ioctls)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from userfault.errors import ClosedError
+from userfault.errors import ClosedError, UnsupportedError
 from userfault.flags import Ioctl, RegisterMode, names
 
 if TYPE_CHECKING:
@@ -51,9 +52,14 @@ class Region:
 
     @property
     def array(self) -> npt.NDArray[np.uint8]:
-        """The memory as uint8, shape (length,). Mapped memory lives as long as any view of it."""
+        """The memory as uint8, shape (length,). Mapped memory lives as long as any view of it.
+
+        Raises ClosedError; UnsupportedError for memory of a fork child.
+        """
         if self._closed:
             raise ClosedError("the region is closed")
+        if self._userfaultfd._remote:
+            raise UnsupportedError(errno.EOPNOTSUPP, "this is memory of a fork child, not of this process")
         if self._array is None:
             memory: Any = self._memory
             if memory is None:

@@ -1,4 +1,4 @@
-"""`Userfaultfd`: one descriptor, its regions, and every ioctl."""
+"""`Userfaultfd`: one descriptor and its regions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import numpy as np
 
-from userfault import _consts as c
 from userfault import _ioctl, _mapping
+from userfault._children import sharing
 from userfault._descriptor import Descriptor
 from userfault._engine import Engine
 from userfault._errno import error_for
 from userfault._regions import RegionTable
 from userfault._source import refuse_live_buffers
+from userfault.calls import Calls
 from userfault.errors import OverlapError, RangeError, UnsupportedError
 from userfault.flags import Api, Feature, Ioctl, RegisterMode, RfcBit, names
-from userfault.negotiation import Features, negotiate_on
+from userfault.memory import check_memory
+from userfault.negotiation import Agreement, Features, negotiate_on
 from userfault.opening import open_userfaultfd
-from userfault.procmaps import memory_devices, registered, vmas
+from userfault.procmaps import registered
 from userfault.region import Region
 
 if TYPE_CHECKING:
@@ -35,11 +37,10 @@ if TYPE_CHECKING:
     from userfault.service import FaultService
 
 
-EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 _EVENT_SECONDS = 0.2
 
 
-class Userfaultfd:
+class Userfaultfd(Calls):
     """A userfaultfd of this process.
 
     Args:
@@ -55,17 +56,24 @@ class Userfaultfd:
     the parent, and other calls raise ForkedError. Sources: userfaultfd(2), ioctl_userfaultfd(2).
     """
 
+    _remote = False  # whether the memory is another process's
+
     def __init__(self, api: str = "auto", features: Features = None) -> None:
         fd, self.opened_by = open_userfaultfd()
         try:
-            self.agreement = negotiate_on(fd, api, features)
-            self._descriptor = Descriptor(fd)
+            agreement, descriptor = negotiate_on(fd, api, features), Descriptor(fd)
         except BaseException:
             os.close(fd)
             raise
-        self._regions = RegionTable()
+        self._begin(agreement, descriptor, RegionTable())
+
+    def _begin(self, agreement: Agreement, descriptor: Descriptor, regions: RegionTable) -> None:
+        self.agreement = agreement
+        self._descriptor = descriptor
+        self._regions = regions
         self._alive: weakref.WeakValueDictionary[int, Region] = weakref.WeakValueDictionary()
         self._buffers: dict[int, memoryview | None] = {}  # the caller's memory, until it is unregistered
+        self._for_children: set[int] = set()  # regions that fork children get, whoever serves them
         self._special: dict[int, RegisterMode] = {}  # regions that report more than missing pages
         self._shared: set[int] = set()  # regions of shared memory, into which no page can be moved
         self._inherited: dict[int, list[tuple[int, int]]] = {}  # what fork children get back: start, length
@@ -106,13 +114,18 @@ class Userfaultfd:
 
     # -- regions ---------------------------------------------------------------------------------
 
-    def map(self, length: int, mode: RegisterMode = RegisterMode.MISSING) -> Region:
+    def map(self, length: int, mode: RegisterMode = RegisterMode.MISSING, *, inherit: bool = False) -> Region:
         """Map `length` bytes of private anonymous memory, 2 MiB-aligned, and register it.
 
         A fork child does not get the memory (MADV_DONTFORK): it would read zeros where pages are missing.
-        Raises RangeError unless the length is whole pages; UffdError for want of memory or mappings.
+        With `inherit` it does, where fork events are agreed on, and each fork() waits until its record is
+        read: by an `EventReader` in another thread (`take_children`), or by a FaultService.
+
+        Raises RangeError unless the length is whole pages; UnsupportedError for `inherit` without fork
+        events; UffdError for want of memory or mappings.
         """
         mode = RegisterMode(mode)
+        self._check_inherit(inherit)
         with self._ours():
             mapping = _mapping.Mapping(length)
             start, length = mapping.start, mapping.length
@@ -122,6 +135,8 @@ class Userfaultfd:
             except BaseException:  # a signal handler may have closed it
                 self.regions.remove(start, length)
                 raise
+            if inherit:
+                self._share(number, [(start, length)])
             weakref.finalize(mapping, _forget, weakref.ref(self), number, start, length).atexit = False
             return self._region(number, start, length, mode, ioctls, mapping, True)
 
@@ -130,11 +145,13 @@ class Userfaultfd:
         memory: int | Buffer | npt.NDArray[Any],
         length: int | None = None,
         mode: RegisterMode = RegisterMode.MISSING,
+        *,
+        inherit: bool = False,
     ) -> Region:
         """Register memory of one's own: an address and a length, or a writable buffer.
 
         It must be whole pages, and live until it is unregistered; a buffer is held until then. Fork children
-        do not get it (as in `map`). After close() its missing pages fail closed.
+        do not get it, except with `inherit` (as in `map`). After close() its missing pages fail closed.
 
         It is private anonymous memory, or shared memory: memfds, MAP_SHARED|MAP_ANONYMOUS, files of a tmpfs
         such as /dev/shm, shmget(2), in a shared or a private mapping. For that the features agreed on must
@@ -145,11 +162,13 @@ class Userfaultfd:
 
         Raises RangeError (misaligned, empty, not mapped), OverlapError (registered here already),
         UnsupportedError (shared memory without the features, which it names; memory of hugetlbfs, of other
-        files, of the heap or the stack), SourceError (it is the memory of a Buffer source), TypeError for a
-        read-only buffer, UffdError (EBUSY: registered elsewhere; EPERM: a shared mapping of what may not be
-        written; EINVAL: minor faults of anonymous memory). Source: ioctl_userfaultfd(2).
+        files, of the heap or the stack; and as in `map`), SourceError (it is the memory of a Buffer source),
+        TypeError for a read-only buffer, UffdError (EBUSY: registered elsewhere; EPERM: a shared
+        mapping of what may not be written; EINVAL: minor faults of anonymous memory). Source:
+        ioctl_userfaultfd(2).
         """
         mode = RegisterMode(mode)
+        self._check_inherit(inherit)
         view = None
         if isinstance(memory, (int, np.integer)):
             if length is None:
@@ -168,14 +187,35 @@ class Userfaultfd:
         length = _ioctl.check_range(start, length)
         with self._ours():
             features = Feature(self.features) if self.api == Api.MSG else Feature(0)
-            shared, inherited = _check_ordinary(start, length, mode, features)
+            shared, inherited = check_memory(start, length, mode, features)
             refuse_live_buffers(start, start + length)
             number, ioctls = self._register(start, length, mode, inherited)
             self._buffers[number] = view
             self._inherited[number] = inherited
             if shared:
                 self._shared.add(number)
+            if inherit:
+                self._share(number, inherited)
             return self._region(number, start, length, mode, ioctls, view, False)
+
+    def _check_inherit(self, inherit: bool) -> None:
+        if inherit and Feature.EVENT_FORK not in self.agreement.events:
+            raise UnsupportedError(
+                errno.EOPNOTSUPP,
+                "without fork events the children would read zeros: open with Feature.EVENT_FORK, or v2",
+            )
+
+    def _share(self, number: int, pieces: list[tuple[int, int]]) -> None:
+        """Let fork children have the region."""
+        if not self._for_children:
+            sharing.append(weakref.ref(self, sharing.remove))
+        self._for_children.add(number)
+        for piece in pieces:
+            _mapping.give_to_children(*piece)
+
+    def _shares(self) -> bool:
+        """Whether fork children get any region of this."""
+        return not self._for_children.isdisjoint(self.regions.ranges()["id"].tolist())
 
     def _ours(self) -> threading.RLock:
         """The lock; a fork child, whose copy may be locked for ever, is refused before."""
@@ -223,7 +263,7 @@ class Userfaultfd:
                 return self.regions.add(start, length)
             except OverlapError:
                 # Unmapped memory may have been given out again before its unmap event was read.
-                if Feature.EVENT_UNMAP not in self._events() or time.monotonic() > deadline:
+                if Feature.EVENT_UNMAP not in self.agreement.events or time.monotonic() > deadline:
                     raise
                 time.sleep(_EVENT_SECONDS / 100)
 
@@ -323,16 +363,10 @@ class Userfaultfd:
         if hasattr(self, "_service") and not sys.is_finalizing():
             self.close()
 
-    def _events(self) -> Feature:
-        """The events that the kernel reports."""
-        if self.api == Api.MSG:
-            return Feature(self.features) & EVENTS
-        return Feature.EVENT_FORK if RfcBit.FORK in RfcBit(self.features) else Feature(0)
-
     def _pieces(self, number: int, start: int, length: int) -> list[tuple[int, int, int]]:
         """Where a region, registered at [start, start + length), is now: (start, length, offset in it) of
         each of its pieces, in address order."""
-        if not self._events() & (Feature.EVENT_REMAP | Feature.EVENT_UNMAP):
+        if not self.agreement.events & (Feature.EVENT_REMAP | Feature.EVENT_UNMAP):
             return [(start, length, 0)] if self.regions.lookup(start) == number else []
         ranges = self.regions.ranges()
         pieces = ranges[ranges["id"] == number]
@@ -355,75 +389,15 @@ class Userfaultfd:
         if engine is not None and engine.adopt():
             return engine
         is_msg = self.api == Api.MSG
-        events = self._events()
         can_poison = is_msg and Feature.POISON in Feature(self.agreement.available)
         can_move = is_msg and Feature.MOVE in Feature(self.features)
-        engine = Engine(self._descriptor, self.regions, self.api, can_poison, can_move, events)
+        engine = Engine(self._descriptor, self.regions, self.api, can_poison, can_move, self.agreement.events)
         engine.start(as_keeper, self._buffers)
         self._engine = engine
         return engine
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Userfaultfd cannot be copied or pickled: it is bound to its process")
-
-    # -- ioctls ----------------------------------------------------------------------------------
-    #
-    # Each returns the bytes completed where the kernel says so, and raises RangeError for a range that is
-    # not whole pages, ClosedError, ForkedError, or UffdError: PageExistsError (EEXIST), ChangingError
-    # (EAGAIN), NotRegisteredError (ENOENT), ProcessGoneError (ESRCH), whose `done` says how far it came.
-
-    def copy(
-        self,
-        dst: int,
-        buffer: Buffer | npt.NDArray[Any],
-        *,
-        wake: bool = True,
-        write_protect: bool = False,
-    ) -> int:
-        """Fill missing pages from `dst` on with the buffer's bytes (whole pages), and wake their faulters."""
-        view = memoryview(cast(Any, buffer))
-        if "O" in view.format:
-            raise TypeError("the buffer holds Python objects, not bytes")
-        flat = np.frombuffer(view, np.uint8)
-        mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_COPY_MODE_WP if write_protect else 0)
-        with self._descriptor as fd:
-            return _ioctl.copy(fd, dst, flat.ctypes.data, flat.nbytes, mode)
-
-    def zeropage(self, start: int, length: int, *, wake: bool = True) -> int:
-        """Fill missing pages with zeros, and wake their faulters."""
-        with self._descriptor as fd:
-            return _ioctl.zeropage(fd, start, length, 0 if wake else c.UFFDIO_MODE_DONTWAKE)
-
-    def wake(self, start: int, length: int) -> None:
-        """Wake every thread that sleeps in the range; what is still missing faults again."""
-        with self._descriptor as fd:
-            _ioctl.wake(fd, start, length)
-
-    def continue_(self, start: int, length: int, *, wake: bool = True, write_protect: bool = False) -> int:
-        """Map pages that are in the page cache already (minor faults)."""
-        mode = (0 if wake else c.UFFDIO_MODE_DONTWAKE) | (c.UFFDIO_CONTINUE_MODE_WP if write_protect else 0)
-        with self._descriptor as fd:
-            return _ioctl.continue_(fd, start, length, mode)
-
-    def writeprotect(self, start: int, length: int, *, protect: bool = True, wake: bool = True) -> None:
-        """Arm write protection, or with protect=False lift it and wake the writers that sleep there."""
-        mode = c.UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
-        # Arming wakes nobody, and the kernel refuses DONTWAKE with it.
-        mode |= 0 if wake or protect else c.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
-        with self._descriptor as fd:
-            _ioctl.writeprotect(fd, start, length, mode)
-
-    def poison(self, start: int, length: int, *, wake: bool = True) -> int:
-        """Make missing pages raise SIGBUS when touched (Linux 6.6)."""
-        with self._descriptor as fd:
-            return _ioctl.poison(fd, start, length, 0 if wake else c.UFFDIO_MODE_DONTWAKE)
-
-    def move(self, dst: int, src: int, length: int, *, wake: bool = True, allow_holes: bool = False) -> int:
-        """Move pages of this process from `src`, which loses them, to `dst` without copying (Linux 6.8)."""
-        mode = 0 if wake else c.UFFDIO_MODE_DONTWAKE
-        mode |= c.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES if allow_holes else 0
-        with self._descriptor as fd:
-            return _ioctl.move(fd, dst, src, length, mode)
 
 
 def _forget(userfaultfd: weakref.ref[Userfaultfd], number: int, start: int, length: int) -> None:
@@ -432,51 +406,3 @@ def _forget(userfaultfd: weakref.ref[Userfaultfd], number: int, start: int, leng
     if owner is not None and owner._engine is not None and owner._descriptor.pid == os.getpid():
         owner._engine.detach(number, start, length)
         owner._special.pop(number, None)
-
-
-_ORDINARY = (
-    "register private anonymous memory, as map() or mmap.mmap(-1, n, flags=MAP_PRIVATE|MAP_ANONYMOUS) gives"
-)
-_SHARED = {
-    RegisterMode.MISSING: Feature.MISSING_SHMEM,
-    RegisterMode.MINOR: Feature.MINOR_SHMEM,
-    RegisterMode.WP: Feature.WP_HUGETLBFS_SHMEM,
-}
-
-
-def _check_ordinary(
-    start: int, length: int, mode: RegisterMode, features: Feature
-) -> tuple[bool, list[tuple[int, int]]]:
-    """Refuse what a service cannot serve, or what others share without knowing.
-
-    Returns whether any of it is shared memory, and the pieces (start, length) that fork children get so far.
-    """
-    lacking = Feature(sum(_SHARED[bit] for bit in mode)) & ~features
-    end, reached = start + length, start
-    devices: set[str] | None = None
-    shared = False
-    inherited = []
-    for vma in vmas(start, end):
-        if vma.start > reached:
-            break
-        if "dc" not in vma.flags:
-            inherited.append((reached, min(vma.end, end) - reached))
-        reached = vma.end
-        what, remedy = "", _ORDINARY
-        if "ht" in vma.flags:
-            what = "huge-page memory (hugetlbfs)"
-        elif vma.name in ("[heap]", "[stack]"):
-            what = f"memory of the {vma.name[1:-1]}, whose pages other objects share"
-        elif vma.name and not vma.name.startswith("[anon:"):
-            devices = devices or memory_devices()
-            shared = True
-            if vma.device not in devices:
-                what = f"a mapping of {vma.name}"
-            elif lacking:
-                what = "shared memory"
-                remedy = f'open with api="msg" and features that have {names(lacking)}'
-        if what:
-            raise UnsupportedError(errno.EOPNOTSUPP, f"[{start:#x}, +{length:#x}) is {what}: {remedy}")
-    if reached < end:
-        raise RangeError(f"[{start:#x}, +{length:#x}) is not all mapped: {reached:#x} is not")
-    return shared, inherited
