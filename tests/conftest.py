@@ -17,7 +17,8 @@ import pytest
 
 import userfault as uf
 from children import Nursery
-from support import KERNEL_WIRES, LAB, WIRES, Child, Faults, KernelFaults, ModelFaults, give_up
+from support import KERNEL_WIRES, LAB, WIRES, Child, Faults, KernelFaults, ModelFaults, give_up, has
+from userfault.flags import names
 
 # No time limit on these noisy machines, and no folder of examples where the tree is read-only.
 hypothesis.settings.register_profile("userfault", deadline=None, database=None)
@@ -63,6 +64,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         spec = getattr(item, "callspec", None)
         wire = spec.params.get("wire") if spec else None
         model = "faults" in getattr(item, "fixturenames", ())
+        if (mark := item.get_closest_marker("needs")) and not has(mark.args[0]):
+            item.add_marker(pytest.mark.skip(reason=f"the kernel has no {names(mark.args[0])}"))
+            if LAB:
+                return False
         return wire is None or wire in (KERNEL_WIRES or ("msg",)) or model
 
     # This hook sees the items of all folders.

@@ -39,6 +39,11 @@ def has(feature: uf.Feature) -> bool:
     return bool((KERNEL.features or uf.Feature(0)) & feature)
 
 
+def needs(feature: uf.Feature) -> pytest.MarkDecorator:
+    """A test of what a feature of msg brings: skipped without it; not there in the lab, where nothing may be."""
+    return pytest.mark.needs(feature)
+
+
 def touching(region: uf.Region, pages: Iterable[int], write: bool = False) -> threading.Thread:
     """A thread that touches the pages in order, without the GIL."""
     offsets = np.array(list(pages), np.uint64) * np.uint64(PAGE)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import userfault as uf
-from support import LAB, PAGE, Child, has, only
+from support import LAB, PAGE, Child, has, needs, only
 from userfault.rfc import RfcModel
 
 # Without CAP_SYS_PTRACE there are no fork events.
@@ -364,7 +364,7 @@ def test_a_child_that_nobody_serves_fails_closed(wire: str, child: Child, way: s
     )
 
 
-@pytest.mark.skipif(not has(uf.Feature.POISON), reason="nothing fails closed before Linux 6.6")
+@needs(uf.Feature.POISON)
 @forks
 @only("msg")
 @pytest.mark.parametrize("taken", [False, True])
@@ -397,7 +397,7 @@ def test_a_child_that_waits_for_an_event_fails_closed(wire: str, child: Child, t
     )
 
 
-@pytest.mark.skipif(not has(uf.Feature.POISON), reason="nothing fails closed before Linux 6.6")
+@needs(uf.Feature.POISON)
 @forks
 @only("msg")
 @pytest.mark.parametrize("taken", [False, True])
