@@ -13,6 +13,7 @@ from userfault cimport _abi
 from userfault._abi cimport msg_record, v2_record
 from userfault._errno cimport error_for
 from userfault._ioctl cimport PAGE_SIZE, uffd_copy, uffd_poison
+from userfault._served cimport served_t
 from userfault._tree cimport before, cut, enter, insert, leave, list_range, lock_tree, unlock_tree
 
 cdef extern from "<sched.h>" nogil:
@@ -117,7 +118,7 @@ cdef int keep_books(tree_t *tree, int fd, const event_t *event, bint hears_unmap
 cdef int remap(tree_t *tree, int fd, const event_t *event, bint hears_unmap) noexcept nogil:
     cdef uint64_t at = event.start, shift = event.to - event.start, to_end = event.end + shift, taken
     # MREMAP_DONTUNMAP leaves the old range registered.
-    cdef bint leaves = hears_unmap or is_registered(fd, event.start, event.start + PAGE_SIZE) == 1
+    cdef bint leaves = hears_unmap or is_registered(fd, event.start, event.start + PAGE_SIZE) in (1, -EAGAIN)
     cdef entry_t entry, other
     cdef int result
     lock_tree(tree)
@@ -142,7 +143,7 @@ cdef bint find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noe
     """Whether the unknown address belongs to a region that grew (mremap in place raises no event): then the
     table holds all of it now, and `entry` is it."""
     cdef entry_t other
-    cdef uint64_t end, limit = END, taken
+    cdef uint64_t end, limit = END, taken, length
     cdef int ticket = enter(tree)
     cdef bint near = before(tree, address, entry)
     leave(tree, ticket)
@@ -154,20 +155,22 @@ cdef bint find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noe
     unlock_tree(tree)
     end = reach(fd, entry.end - PAGE_SIZE, address + PAGE_SIZE, limit)
     lock_tree(tree)
-    if cut(tree, entry.start, entry.end, &taken) == 0 and taken == entry.end - entry.start:
+    # As it is now: it may have been let go of meanwhile.
+    near = (list_range(tree, entry.end - PAGE_SIZE, end, &other, 1) == 1 and other.id == entry.id
+            and other.base == entry.base and other.end == entry.end)
+    if near:
+        entry.payload = other.payload
+        length = (<served_t *>entry.payload).n_pages * PAGE_SIZE if entry.payload != NULL else 0
+        if entry.end - entry.base < length:
+            # A part of its region: what is new is not the region's next page, but past its end.
+            entry.start = entry.end
+            entry.base = entry.end - length
+        else:
+            near = cut(tree, entry.start, entry.end, &taken) == 0
         entry.end = end
-        near = insert(tree, entry, &other) == 0
-    else:
-        near = False
+        near = near and insert(tree, entry, &other) == 0
     unlock_tree(tree)
     return near
-
-
-cdef bint may_have(int child_fd, uint64_t start, uint64_t end) noexcept nogil:
-    """Whether a forked child has the parent's range in one mapping. Yes, too, when the kernel does not say,
-    because the child has made an event already (a fork of its own): too much in the books does no harm."""
-    cdef int answer = is_registered(child_fd, start, end)
-    return answer == 1 or answer == -EAGAIN
 
 
 cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
@@ -175,7 +178,7 @@ cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
     cdef entry_t entry, other
     cdef uint64_t at = 0, page
     cdef size_t found
-    cdef int result = 0
+    cdef int result = 0, answer = 0
     while result == 0:
         lock_tree(parent)
         found = list_range(parent, at, END, &entry, 1)
@@ -183,19 +186,26 @@ cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
         if not found:
             break
         at = entry.end
-        if may_have(child_fd, entry.start, entry.end):
+        if answer != -EAGAIN:
+            answer = is_registered(child_fd, entry.start, entry.end)
+        if answer == 1 or answer == -EAGAIN:
+            # -EAGAIN: the child has made an event already, which waits until we read it. Too much in the
+            # books does no harm, and the event will say what is gone.
             result = insert(child, &entry, &other)
-        elif (may_have(child_fd, entry.start, entry.start + PAGE_SIZE)
-              or may_have(child_fd, entry.end - PAGE_SIZE, entry.end)):
+        elif (is_registered(child_fd, entry.start, entry.start + PAGE_SIZE) == 1
+              or is_registered(child_fd, entry.end - PAGE_SIZE, entry.end) == 1):
             # In several mappings, or partly kept from it (MADV_DONTFORK).
             page = entry.start
             while page < at and result == 0:
-                if may_have(child_fd, page, page + PAGE_SIZE):
+                answer = is_registered(child_fd, page, page + PAGE_SIZE)
+                if answer == 1 or answer == -EAGAIN:
                     entry.start = page
-                    entry.end = page = reach(child_fd, page, page + PAGE_SIZE, at)
+                    entry.end = page = at if answer < 0 else reach(child_fd, page, page + PAGE_SIZE, at)
                     result = insert(child, &entry, &other)
                 else:
                     page += PAGE_SIZE
+        if answer == -ESRCH:
+            break
     return result
 
 

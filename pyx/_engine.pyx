@@ -11,6 +11,7 @@ this, until no registered memory is left.
 """
 
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -47,6 +48,10 @@ from userfault._consts import DTYPES, WIRES
 from userfault._descriptor import inherited
 from userfault._fill import bucket_start
 from userfault.errors import BusyError, ClosedError, RangeError, SourceError, UffdError
+
+cdef extern from "<sys/epoll.h>" nogil:
+    int epoll_create1(int flags)
+    int EPOLL_CLOEXEC
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_detach(pthread_t thread)
@@ -130,6 +135,11 @@ cdef class Engine:
             raise MemoryError
         if new_crew(&loop.crew, &loop.desk, descriptor.kick_fd) != 0 or new_stage(&loop.worker) != 0:
             raise MemoryError
+        if self.hears_forks:
+            # Now: when a child has to be followed there may be no descriptor left.
+            loop.epoll = epoll_create1(EPOLL_CLOEXEC)
+            if loop.epoll < 0:
+                raise error_for("epoll_create1", errno)
         try:
             loop.own.pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -260,6 +270,8 @@ cdef class Engine:
         cdef space_t *space
         cdef served_t *copy
         cdef Served served
+        for served in kept:
+            store_int(&served.c.ending, True)
         quiesce(&self.table.tree)
         for served in kept:
             wait_for_workers(&served.c)

@@ -99,7 +99,9 @@ cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uin
                 if result == -EAGAIN:
                     return first
             n = min(n, HUGE_PAGES - address % STAGE_BYTES // PAGE_SIZE)
-        if source.direct != NULL and has >= PAGE_SIZE:
+        # A worker copies under the layout's lock, where it may not wait for a file.
+        if source.direct != NULL and has >= PAGE_SIZE and (
+                source.solid or not (worker.guarded and worker.space.hears_moves)):
             n = min(n, has // PAGE_SIZE)
             resolve(worker, entry, served, first, n, <uintptr_t>source.direct + offset, want, want_end, mode)
             first += n

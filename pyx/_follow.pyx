@@ -21,9 +21,8 @@ from userfault._space cimport free_space, has_ended, new_space, space_t
 from userfault._tree cimport entry_t, list_range, lock_tree, unlock_tree
 
 cdef extern from "<sys/epoll.h>" nogil:
-    int epoll_create1(int flags)
     int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
+    int EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLIN
 
 cdef extern from "<stdlib.h>" nogil:
     int atexit(void (*function)() noexcept nogil)
@@ -92,8 +91,6 @@ cdef bint adopt(loop_t *loop, space_t *parent, int fd) noexcept nogil:
     cdef space_t *space = new_space(parent, fd)
     if space == NULL:
         return False
-    if loop.epoll < 0:
-        loop.epoll = epoll_create1(EPOLL_CLOEXEC)
     event.events = EPOLLIN
     event.data.ptr = space
     epoll_ctl(loop.epoll, EPOLL_CTL_ADD, fd, &event)

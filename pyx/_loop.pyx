@@ -87,6 +87,8 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             continue
         if loop.children != NULL:
             ask_in_time(loop, now())
+            if loop.children == NULL:
+                continue  # it may have been the last that a keeper had to keep
         take_orders(loop)
         unpark_in_time(loop)
         if advance(loop, False):
@@ -162,7 +164,7 @@ cdef ssize_t attend(loop_t *loop, space_t *space) noexcept nogil:
         pthread_mutex_unlock(&loop.desk.layout)
     if got == -EMFILE or got == -ENFILE:
         find_room(loop)
-        return -EINTR
+        return -EAGAIN
     serve(loop, n_faults, loop.worker.since)
     return got
 

@@ -7,7 +7,7 @@ record is read: so its memory comes from mmap.
 from libc.errno cimport ESRCH
 from libc.stdint cimport uint64_t
 
-from userfault._abi cimport c_close
+from userfault._abi cimport c_close, load_int
 from userfault._books cimport copy_books
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
 from userfault._served cimport served_t, stream_t
@@ -69,6 +69,8 @@ cdef served_t *copy_served(space_t *space, const served_t *original) noexcept no
     cdef served_t *served = copy_of(space, original.original)
     cdef size_t words = original.n_pages // 64 + 1, streams = original.n_streams * sizeof(stream_t), size
     cdef copy_t *copy
+    if load_int(<int *>&original.original.ending):
+        return NULL
     if served != NULL:
         return served
     size = sizeof(copy_t) + streams + 2 * 8 * words

@@ -40,7 +40,7 @@ def has(feature: uf.Feature) -> bool:
 
 
 def needs(feature: uf.Feature) -> pytest.MarkDecorator:
-    """A test of what a feature of msg brings: skipped without it; not there in the lab, where nothing may be."""
+    """A test of what a feature of msg brings: skipped without it; and not there in the lab."""
     return pytest.mark.needs(feature)
 
 

@@ -43,7 +43,7 @@ cdef struct loop_t:
     space_t own
     space_t *children      # a list; under the desk's layout lock
     int n_children
-    int epoll              # of the children's descriptors; -1 while there were none
+    int epoll              # of the children's descriptors; -1 without fork events
     int64_t asked          # when it was last asked which children live
     int64_t patience       # until it is asked again
     crew_t crew

@@ -41,6 +41,7 @@ cdef struct served_t:
     int64_t readahead      # past each fault, or ADAPTIVE
     int huge               # moves of huge pages are worth trying; cleared when the kernel refuses one
     int users              # worker threads that fill from it now
+    int ending             # it is let go of: fork children get no copy any more
     int scattered          # some page of it may lie at several addresses (MREMAP_DONTUNMAP)
     uint64_t *resident     # a bit a page: it is there, as far as is known
     uint64_t *coming       # a bit a page: a worker thread was asked for it
