@@ -38,9 +38,10 @@ cdef extern from "<sys/resource.h>" nogil:
     int setrlimit(int resource, const rlimit *limits)
     int RLIMIT_NOFILE
 
-DEF SOON = 10000000      # ns until children are asked whether they live, when there is a new one
-DEF LATE = 1000000000    # at the most
-DEF ROOM = 64            # descriptors
+DEF SOON = 10000000       # ns until children are asked whether they live, when there is a new one
+DEF LATE = 1000000000     # at the most
+DEF ROOM = 64             # descriptors
+DEF PARTING = 1000000000  # ns that the end of the process waits for children that go on forking
 
 cdef const char *USERFAULTFD = "anon_inode:[userfaultfd]"
 
@@ -174,11 +175,21 @@ cdef space_t *pin_child(loop_t *loop, space_t *last) noexcept nogil:
 
 cdef void end_children(loop_t *loop) noexcept nogil:
     """What the children still miss fails closed: without us they would read zeros."""
-    cdef space_t *space = pin_child(loop, NULL)
-    while space != NULL:
-        if not space.gone:
-            poison_missing(space.tree, space.fd)
-        space = pin_child(loop, space)
+    cdef int64_t until = now() + PARTING
+    cdef space_t *space
+    cdef bint more = True
+    while more and now() < until:
+        # Once more: a child may have been adopted that was forked before its parent had been through.
+        more = False
+        space = pin_child(loop, NULL)
+        while space != NULL:
+            if not space.gone and not space.ended:
+                more = True
+                if poison_missing(space.tree, space.fd):
+                    pthread_mutex_lock(&loop.desk.layout)
+                    space.ended = True
+                    pthread_mutex_unlock(&loop.desk.layout)
+            space = pin_child(loop, space)
 
 
 cdef void leave_children(loop_t *loop) noexcept nogil:

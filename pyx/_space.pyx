@@ -43,6 +43,7 @@ cdef space_t *new_space(const space_t *parent, int fd) noexcept nogil:
         return NULL
     space.fd = fd
     space.pagemap = -1
+    space.ended = parent.ended
     space.tree = &space.table
     space.hears_events = parent.hears_events
     space.hears_moves = parent.hears_moves

@@ -21,6 +21,7 @@ cdef struct space_t:
     uint64_t changes         # events that moved or removed mappings
     # Of children:
     int users                # jobs of the crew that are about it
+    bint ended               # what it missed has been made to fail closed; its children inherit that
     bint gone                # the process is; to be freed when nobody uses it
     tree_t table
     copy_t *copies
