@@ -10,7 +10,7 @@ from libc.errno cimport EAGAIN, EEXIST, EFAULT, ENOENT, ESRCH, errno
 from libc.stdint cimport uint32_t, uint64_t
 
 from userfault cimport _abi
-from userfault._abi cimport msg_record, v2_record
+from userfault._abi cimport POLLIN, msg_record, pollfd, ppoll, timespec, v2_record
 from userfault._errno cimport error_for
 from userfault._ioctl cimport PAGE_SIZE, uffd_copy, uffd_poison
 from userfault._served cimport served_t
@@ -23,7 +23,11 @@ cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
     int PROT_NONE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
 
-DEF PATIENCE = 200   # times that a change of the mappings, whose event was read, is waited for
+DEF YIELDS = 32      # times that a change of the mappings, whose event was read, is waited for awake
+DEF PATIENCE = 1000  # and asleep
+DEF MOMENT = 50000   # ns
+# In a tree's `unsure`: which of its pieces are there. Any other address: whether a region has grown to there.
+DEF EVERYTHING = 1
 DEF END = 1 << 62    # past all memory
 
 # A page that cannot be read. Low, because the kernel wants address + length to be user space.
@@ -70,13 +74,22 @@ cdef int is_registered(int fd, uint64_t start, uint64_t end) noexcept nogil:
     """Whether [start, end) lies in one registered mapping: 1, 0, or -errno: EAGAIN, while another event
     waits to be read; ESRCH, when the process is gone."""
     cdef uint64_t done
-    cdef int result = -EAGAIN
-    for _ in range(PATIENCE):
-        result = uffd_copy(fd, start, unreadable, end - start, 0, &done)
-        if result != -EAGAIN:
+    cdef pollfd event
+    cdef timespec moment
+    cdef int result = -EAGAIN, tries = 0
+    event.fd = fd
+    event.events = POLLIN
+    moment.tv_sec = 0
+    moment.tv_nsec = MOMENT
+    while result == -EAGAIN and tries < PATIENCE:
+        # Whoever changed the mappings says that this is over when it runs again, unless there is one more
+        # event, which waits for us.
+        if tries > 0 and tries < YIELDS:
+            sched_yield()
+        elif tries and ppoll(&event, 1, &moment, NULL) > 0:
             break
-        # Whoever changed the mappings says that this is over when it runs again.
-        sched_yield()
+        tries += 1
+        result = uffd_copy(fd, start, unreadable, end - start, 0, &done)
     if result == -EFAULT or result == -EEXIST:
         return 1
     return result if result == -EAGAIN or result == -ESRCH else 0
@@ -112,6 +125,53 @@ cdef int keep_books(tree_t *tree, int fd, const event_t *event, bint hears_unmap
         unlock_tree(tree)
     elif event.kind == REMAP and event.to % PAGE_SIZE == 0:
         result = remap(tree, fd, event, hears_unmap)
+    # Before the unmap event that follows a remap is read, the kernel fills, and answers, nothing.
+    if result == 0 and tree.unsure and not (event.kind == REMAP and hears_unmap):
+        result = settle(tree, fd)
+    return result
+
+
+cdef int settle(tree_t *tree, int fd) noexcept nogil:
+    """Ask the kernel what no event has said; what it cannot answer yet is asked after the next event."""
+    cdef uint64_t unsure = tree.unsure, at = 0, page, taken
+    cdef entry_t entry
+    cdef size_t found = 1
+    cdef int result = 0, answer = 0
+    tree.unsure = 0
+    if unsure != EVERYTHING:
+        if find_grown(tree, fd, unsure, &entry) == -EAGAIN:
+            tree.unsure = unsure
+        return 0
+    while result == 0:
+        lock_tree(tree)
+        found = list_range(tree, at, END, &entry, 1)
+        unlock_tree(tree)
+        if not found:
+            break
+        at = entry.end
+        answer = is_registered(fd, entry.start, entry.end)
+        page = entry.start
+        if answer == 0 and (is_registered(fd, page, page + PAGE_SIZE) == 0
+                            and is_registered(fd, at - PAGE_SIZE, at) == 0):
+            lock_tree(tree)
+            result = cut(tree, page, at, &taken)
+            unlock_tree(tree)
+            page = at
+        # In several mappings, or partly kept from a child (MADV_DONTFORK).
+        while answer == 0 and result == 0 and page < at:
+            answer = is_registered(fd, page, page + PAGE_SIZE)
+            if answer == 1:
+                page = reach(fd, page, page + PAGE_SIZE, at)
+                answer = 0
+            elif answer == 0:
+                lock_tree(tree)
+                result = cut(tree, page, page + PAGE_SIZE, &taken)
+                unlock_tree(tree)
+                page += PAGE_SIZE
+        if answer < 0:
+            break
+    if answer == -EAGAIN:
+        tree.unsure = EVERYTHING
     return result
 
 
@@ -135,20 +195,26 @@ cdef int remap(tree_t *tree, int fd, const event_t *event, bint hears_unmap) noe
     unlock_tree(tree)
     if result == 0 and at > event.start:
         # It may have grown on the way, or before, which no event says.
-        find_grown(tree, fd, at + shift, &entry)
+        if tree.unsure != EVERYTHING:
+            tree.unsure = at + shift
     return result
 
 
-cdef bint find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noexcept nogil:
-    """Whether the unknown address belongs to a region that grew (mremap in place raises no event): then the
-    table holds all of it now, and `entry` is it."""
+cdef int find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noexcept nogil:
+    """Whether the unknown address belongs to a region that grew (mremap in place raises no event).
+
+    1: the table holds all of it now, and `entry` is it; else 0, or -errno as of `is_registered`.
+    """
     cdef entry_t other
     cdef uint64_t end, limit = END, taken, length
     cdef int ticket = enter(tree)
     cdef bint near = before(tree, address, entry)
+    cdef int answer = 0
     leave(tree, ticket)
-    if not near or entry.end > address or is_registered(fd, entry.end - PAGE_SIZE, address + PAGE_SIZE) != 1:
-        return False
+    if near and entry.end <= address:
+        answer = is_registered(fd, entry.end - PAGE_SIZE, address + PAGE_SIZE)
+    if answer != 1:
+        return answer
     lock_tree(tree)
     if list_range(tree, address, limit, &other, 1):
         limit = other.start
@@ -174,11 +240,14 @@ cdef bint find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noe
 
 
 cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
-    """Fill a new table with what a forked child has of its parent's regions. 0 or -ENOMEM."""
+    """Fill a new table with what a forked child has of its parent's regions. 0 or -ENOMEM.
+
+    All of them for now, where the child has changed its mappings already, and its event is to be read.
+    """
     cdef entry_t entry, other
-    cdef uint64_t at = 0, page
-    cdef size_t found
-    cdef int result = 0, answer = 0
+    cdef uint64_t at = 0
+    cdef size_t found = 1
+    cdef int result = 0
     while result == 0:
         lock_tree(parent)
         found = list_range(parent, at, END, &entry, 1)
@@ -186,27 +255,9 @@ cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
         if not found:
             break
         at = entry.end
-        if answer != -EAGAIN:
-            answer = is_registered(child_fd, entry.start, entry.end)
-        if answer == 1 or answer == -EAGAIN:
-            # -EAGAIN: the child has made an event already, which waits until we read it. Too much in the
-            # books does no harm, and the event will say what is gone.
-            result = insert(child, &entry, &other)
-        elif (is_registered(child_fd, entry.start, entry.start + PAGE_SIZE) == 1
-              or is_registered(child_fd, entry.end - PAGE_SIZE, entry.end) == 1):
-            # In several mappings, or partly kept from it (MADV_DONTFORK).
-            page = entry.start
-            while page < at and result == 0:
-                answer = is_registered(child_fd, page, page + PAGE_SIZE)
-                if answer == 1 or answer == -EAGAIN:
-                    entry.start = page
-                    entry.end = page = at if answer < 0 else reach(child_fd, page, page + PAGE_SIZE, at)
-                    result = insert(child, &entry, &other)
-                else:
-                    page += PAGE_SIZE
-        if answer == -ESRCH:
-            break
-    return result
+        result = insert(child, &entry, &other)
+    child.unsure = EVERYTHING
+    return settle(child, child_fd) if result == 0 else result
 
 
 cdef bint poison_missing(tree_t *tree, int fd) noexcept nogil:
@@ -214,7 +265,7 @@ cdef bint poison_missing(tree_t *tree, int fd) noexcept nogil:
     as zeros. False: not all, for an event of the child waits to be read. Before Linux 6.6 nothing happens."""
     cdef entry_t entry
     cdef uint64_t at = 0, size, done
-    cdef int result, patience = 5 * PATIENCE
+    cdef int result, patience = PATIENCE
     cdef bint complete = True
     while True:
         lock_tree(tree)

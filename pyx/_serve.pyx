@@ -31,7 +31,7 @@ cdef void serve(loop_t *loop, size_t n, int64_t since) noexcept nogil:
     while i < n:
         if not (held and entry.start <= loop.pages[i] < entry.end):
             held = (find(space.tree, loop.pages[i], &entry)
-                    or find_grown(space.tree, space.fd, loop.pages[i], &entry))
+                    or find_grown(space.tree, space.fd, loop.pages[i], &entry) == 1)
         if held and entry.payload != NULL:
             i += serve_run(loop, &entry, <served_t *>entry.payload, loop.pages + i, n - i, mode)
         elif i and loop.pages[i] == loop.pages[i - 1]:

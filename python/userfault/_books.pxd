@@ -21,6 +21,6 @@ ctypedef struct event_t:
 
 cdef int decode_event(int wire, const char *record, event_t *event) noexcept nogil
 cdef int keep_books(tree_t *tree, int fd, const event_t *event, bint hears_unmap) noexcept nogil
-cdef bint find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noexcept nogil
+cdef int find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noexcept nogil
 cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil
 cdef bint poison_missing(tree_t *tree, int fd) noexcept nogil

@@ -21,6 +21,7 @@ cdef struct tree_t:
     void *limbo_leaves[2]   # replaced nodes, by the parity of the epoch that retired them
     void *limbo_roots[2]
     uint64_t version        # counts changes
+    uint64_t unsure         # what the books have to ask the kernel (_books); 0: nothing
     slab_t slab
 
 # Readers: any thread, without the GIL. What a reader found stays allocated between enter() and leave(ticket).
