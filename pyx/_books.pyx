@@ -26,6 +26,7 @@ cdef extern from "<sys/mman.h>" nogil:
 DEF YIELDS = 32      # times that a change of the mappings, whose event was read, is waited for awake
 DEF PATIENCE = 1000  # and asleep
 DEF MOMENT = 50000   # ns
+DEF WALKED = 67108864   # bytes that are asked about page by page
 # In a tree's `unsure`: which of its pieces are there. Any other address: whether a region has grown to there.
 DEF EVERYTHING = 1
 DEF END = 1 << 62    # past all memory
@@ -151,8 +152,10 @@ cdef int settle(tree_t *tree, int fd) noexcept nogil:
         at = entry.end
         answer = is_registered(fd, entry.start, entry.end)
         page = entry.start
-        if answer == 0 and (is_registered(fd, page, page + PAGE_SIZE) == 0
+        if answer == 0 and (at - page > WALKED and entry.payload == NULL
+                            and is_registered(fd, page, page + PAGE_SIZE) == 0
                             and is_registered(fd, at - PAGE_SIZE, at) == 0):
+            # Kept from a child as a whole, most likely: page by page is slow.
             lock_tree(tree)
             result = cut(tree, page, at, &taken)
             unlock_tree(tree)

@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free
 from userfault._abi cimport (
     add_int, c_write, load_u64, now, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, swap_int_if,
 )
-from userfault._fill cimport count_latency, desk_t, fill, wake, worker_t
+from userfault._fill cimport TRIES, count_latency, desk_t, fill, wake, worker_t
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport clear_bits, served_t, set_bits
 from userfault._space cimport space_t
@@ -192,6 +192,7 @@ cdef void do(worker_t *worker, const job_t *job) noexcept nogil:
         wake(worker, job.start, job.end)
         return
     worker.since = job.since
+    worker.tries = TRIES
     first = (job.start - job.base) // PAGE_SIZE
     end = (job.end - job.base) // PAGE_SIZE
     last = end

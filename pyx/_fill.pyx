@@ -21,6 +21,9 @@ from userfault._source cimport source_t
 from userfault._stage cimport bring, stage_is_huge
 from userfault._tree cimport enter, entry_t, find, leave
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef extern from "<sys/mman.h>" nogil:
     int mprotect(void *address, size_t length, int protection)
     int c_madvise "madvise"(void *address, size_t length, int advice)
@@ -197,6 +200,11 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
             if result == 0:
                 decision = RETRY
                 break
+            if result == -EAGAIN and worker.tries and worker.space.hears_events:
+                # Whoever made the event that has just been read has yet to say that it is over.
+                worker.tries -= 1
+                sched_yield()
+                continue
             note(worker, result)
             decision = decide(-result)
             # COPY and ZEROPAGE never cross a mapping: the run may lie in two, so try one page.

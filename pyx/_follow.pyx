@@ -59,7 +59,10 @@ cdef bint hear(loop_t *loop, space_t *space, const char *record) noexcept nogil:
     loop.unparked = 0  # what could not be filled while the record waited can be now
     if event.kind == FORK:
         loop.worker.counters.forks += 1
-        return adopt(loop, space, event.fd)
+        if not adopt(loop, space, event.fd):
+            return False
+        (<char *>record)[0] = 0  # its descriptor is nobody's business any more (leave_children)
+        return True
     if event.kind == UNMAP:
         loop.worker.counters.unmaps += 1
         left = False
@@ -94,7 +97,10 @@ cdef bint adopt(loop_t *loop, space_t *parent, int fd) noexcept nogil:
         return False
     event.events = EPOLLIN
     event.data.ptr = space
-    epoll_ctl(loop.epoll, EPOLL_CTL_ADD, fd, &event)
+    if epoll_ctl(loop.epoll, EPOLL_CTL_ADD, fd, &event) != 0:
+        poison_missing(space.tree, fd)
+        free_space(space)
+        return True
     space.next = loop.children
     loop.children = space
     add_int(&loop.n_children, 1)
@@ -120,6 +126,7 @@ cdef void ask(loop_t *loop) noexcept nogil:
             pthread_mutex_lock(&loop.desk.layout)
             link[0] = space.next
             pthread_mutex_unlock(&loop.desk.layout)
+            forget(loop, space)  # also what a worker has parked since
             free_space(space)
             add_int(&loop.n_children, -1)
         else:

@@ -66,8 +66,10 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             last = since
             pair(loop, since)
             alone = loop.lease.held and got == 1
-        elif got == -EAGAIN or got == -EINTR:
+        elif got == -EAGAIN or got == -EINTR or got == -EMFILE:
             alone = False
+            if got == -EMFILE:
+                find_room(loop)
         else:
             lease_end(&loop.lease)
             return got if got < 0 else -ENODATA
@@ -162,9 +164,8 @@ cdef ssize_t attend(loop_t *loop, space_t *space) noexcept nogil:
         n_faults = decode(loop, got)
     if space.hears_events:
         pthread_mutex_unlock(&loop.desk.layout)
-    if got == -EMFILE or got == -ENFILE:
-        find_room(loop)
-        return -EAGAIN
+    if got == -ENFILE:
+        return -EMFILE
     serve(loop, n_faults, loop.worker.since)
     return got
 
@@ -174,7 +175,10 @@ cdef bint tend(loop_t *loop) noexcept nogil:
     cdef epoll_event ready[CHILDREN]
     cdef int i, n = epoll_wait(loop.epoll, ready, CHILDREN, 0)
     for i in range(n):
-        attend(loop, <space_t *>ready[i].data.ptr)
+        if attend(loop, <space_t *>ready[i].data.ptr) == -EMFILE:
+            # Which may end some of those that are ready.
+            find_room(loop)
+            break
     return n > 0
 
 

@@ -5,7 +5,7 @@ from libc.stdint cimport int64_t, uint64_t
 from userfault._abi cimport UFFDIO_MODE_DONTWAKE, add_u64, count, now
 from userfault._ahead cimport MOST_DUE, give, loop_t, set_goal
 from userfault._books cimport find_grown
-from userfault._fill cimport NO_SOURCE, count_latency, fail, fill, fill_grown, park, wake
+from userfault._fill cimport NO_SOURCE, TRIES, count_latency, fail, fill, fill_grown, park, wake
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport (
     HUGE_PAGES, clear_bits, first_missing, is_set, look_ahead, missing_end, resync, served_t,
@@ -27,6 +27,7 @@ cdef void serve(loop_t *loop, size_t n, int64_t since) noexcept nogil:
     cdef size_t i = 0
     cdef uint64_t mode = UFFDIO_MODE_DONTWAKE if n > 1 else 0
     loop.worker.since = since
+    loop.worker.tries = TRIES
     sort(loop.pages, n)
     while i < n:
         if not (held and entry.start <= loop.pages[i] < entry.end):

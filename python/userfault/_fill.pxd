@@ -11,6 +11,7 @@ cdef enum:
     FAILURES = 1024       # the last ones, for the report
     PARKED = 4096
     STAGE_BYTES = 2097152  # one huge page
+    TRIES = 64
 
     # Where a page failed.
     NO_SOURCE = 0
@@ -77,6 +78,7 @@ ctypedef struct worker_t:
     bint guarded          # others read the events that change its layout
     counters_t counters
     int64_t since         # when the faults at hand were read
+    int tries             # times that the end of an event is waited for, awake, until faults are parked
     char *stage           # STAGE_BYTES, aligned to them
     int64_t small_until   # the stage was no huge page: do not try again before
 
