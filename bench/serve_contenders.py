@@ -22,6 +22,7 @@ import rivals
 import userfault as uf
 from userfault import _consts as c
 from userfault.cli.python_loop import PythonLoop
+from userfault.negotiation import Features
 
 BACKINGS = ("memory", "file")
 CPU = max(os.sched_getaffinity(0))  # where those who share a CPU are pinned
@@ -95,10 +96,16 @@ def handler(records: int, cpu: int = -1) -> Open:
 
 @contextmanager
 def served(
-    data: Data, backing: str, length: int, placement: str = "spin", ranges: int = 1, **options: Any
+    data: Data,
+    backing: str,
+    length: int,
+    placement: str = "spin",
+    ranges: int = 1,
+    features: Features = None,
+    **options: Any,
 ) -> Iterator[tuple[uf.FaultService, uf.Region]]:
     """Ours, with options of `FaultService.serve`, and so many ranges in the table of regions."""
-    with uf.Userfaultfd("msg") as u, uf.FaultService(u, placement=placement) as svc:
+    with uf.Userfaultfd("msg", features) as u, uf.FaultService(u, placement=placement) as svc:
         region = u.map(length)
         svc.serve(region, data.source(backing), **options)
         more = np.arange(ranges - 1, dtype=np.uint64) * np.uint64(2 * uf.PAGE_SIZE) + np.uint64(FAR)

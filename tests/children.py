@@ -13,9 +13,9 @@ import tempfile
 import textwrap
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from support import SLOWER
+from support import SLOWER, Child
 
 # What a child's code finds imported and defined.
 PREAMBLE = """
@@ -30,6 +30,71 @@ def settles(service, counter, value):
     while int(service.stats()[counter]) != value and time.monotonic() < deadline:
         time.sleep(0.001)
     return int(service.stats()[counter]) == value
+
+def fork(function):
+    # A child that ends with 0 when the function answers that all is well.
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        code = 0 if function() else 2
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+def ended_well(pid):
+    return os.waitpid(pid, 0)[1] == 0
+
+def gone(service):
+    # One that has ended is followed for a while.
+    deadline = time.monotonic() + 30
+    while service.children and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return service.children == 0
+"""
+
+# What a child does first whose regions are to be served: EVENTS says whether its children are followed.
+SERVED = """
+import concurrent.futures, errno, multiprocessing, pickle, subprocess
+
+N = 64
+data = np.random.default_rng(0).integers(1, 256, N * PAGE, dtype=np.uint8)
+
+def opened(features="all"):
+    return uf.Userfaultfd(WIRE, features if WIRE == "msg" else None)
+
+def same(array, first=0, end=N):
+    return bool((array[first * PAGE:end * PAGE] == data[first * PAGE:end * PAGE]).all())
+
+def own_service(features="all"):
+    # In a child: a userfaultfd, a service and memory of its own.
+    with opened(features) as u, uf.FaultService(u) as service:
+        region = u.map(N * PAGE)
+        service.serve(region, uf.sources.Buffer(data))
+        return same(region.array)
+
+def died_of(pid, *signals):
+    status = os.waitpid(pid, 0)[1]
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) in signals
+
+def has_ended(pid):
+    # Somebody else's child.
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.005)
+    return False
+
+u = opened("all" if EVENTS else None)
+service = uf.FaultService(u)
+region = u.map(N * PAGE)
+service.serve(region, uf.sources.Buffer(data), readahead=0)
+array = region.array
 """
 
 NURSERY = """
@@ -97,3 +162,10 @@ class Nursery:
         with self.process:
             assert self.process.stdin is not None
             self.process.stdin.close()
+
+
+def run_served(child: Child, code: str, events: bool = True, timeout: float = 60, **names: Any) -> None:
+    """Run the code after SERVED, with these names set; it must come to its end."""
+    given = [f"{name} = {value!r}" for name, value in {"EVENTS": events, **names}.items()]
+    done = child("\n".join([*given, SERVED, textwrap.dedent(code), 'print("good")']), timeout=timeout)
+    assert done.stdout == "good\n", (done.returncode, done.stderr)

@@ -26,6 +26,22 @@ KERNEL_WIRES = tuple(str(api) for api in KERNEL.apis)
 LAB = "LAB_KERNEL" in os.environ
 SLOWER = 10 if LAB else 1
 
+# Without CAP_SYS_PTRACE there are no fork events. In CI that is a failure.
+forks = pytest.mark.skipif(
+    os.geteuid() != 0 and os.environ.get("CI") != "true", reason="fork events need CAP_SYS_PTRACE"
+)
+
+# A test with fork events and without; v2 always has them.
+on_and_off = pytest.mark.parametrize(
+    ("wire", "events"),
+    [
+        pytest.param("v2", True, marks=forks),
+        pytest.param("msg", True, marks=forks),
+        pytest.param("msg", False),
+    ],
+    indirect=["wire"],
+)
+
 Child = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 
 import userfault as uf
-from support import LAB, PAGE, Child, has, needs, only
+from support import LAB, PAGE, Child, forks, has, needs, only
 from userfault.rfc import RfcModel
-
-# Without CAP_SYS_PTRACE there are no fork events.
-forks = pytest.mark.skipif(os.geteuid() != 0, reason="fork events need CAP_SYS_PTRACE")
 
 # What the children's code shares. System calls of ctypes.CDLL release the GIL, which the reader needs.
 EVENTS = """

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
-import pytest
-
 import userfault as uf
-from support import LAB, Child, has, only
-
-# Without CAP_SYS_PTRACE there are no fork events.
-PRIVILEGED = os.geteuid() == 0
+from support import LAB, Child, forks, has, only
 
 # What the children's code shares: a service that hears everything, and system calls that hold the GIL or not.
 EVENTS = """
@@ -38,27 +31,6 @@ EVENTS = """
     def same(address, data, number):
         return bool((page_at(address) == page_of(data, number)).all())
 
-    def fork(function):
-        pid = os.fork()
-        if pid:
-            return pid
-        code = 1
-        try:
-            code = 0 if function() else 2
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-
-    def ended_well(pid):
-        return os.waitpid(pid, 0)[1] == 0
-
-    def gone(service):
-        deadline = time.monotonic() + 30
-        while service.children and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return service.children == 0
-
     N = 64
     data = np.random.default_rng(0).integers(1, 256, N * PAGE, dtype=np.uint8)
     # One mapping of our own for each region, as users have them.
@@ -72,9 +44,6 @@ def run(child: Child, code: str, timeout: float = 60) -> None:
     body = [line.removeprefix("        ") for line in code.splitlines()]
     done = child("\n".join([*lines, *body, 'print("good")']), timeout=timeout)
     assert done.stdout == "good\n", done.stderr
-
-
-forks = pytest.mark.skipif(not PRIVILEGED, reason="fork events need CAP_SYS_PTRACE")
 
 
 @forks
