@@ -113,7 +113,7 @@ cdef void ask(loop_t *loop) noexcept nogil:
     """Ask the children whether they live, and let go of those that do not."""
     cdef space_t **link = &loop.children
     cdef space_t *space
-    cdef bint ended = False
+    cdef bint ended = False, idle
     loop.asked = now()
     while link[0] != NULL:
         space = link[0]
@@ -122,10 +122,15 @@ cdef void ask(loop_t *loop) noexcept nogil:
             # Whoever has inherited the descriptor keeps it in there otherwise.
             epoll_ctl(loop.epoll, EPOLL_CTL_DEL, space.fd, NULL)
             forget(loop, space)
-        if space.gone and load_int(&space.users) == 0:
+        idle = False
+        if space.gone:
+            # Under the lock: others take hold of a child that they find in the list.
             pthread_mutex_lock(&loop.desk.layout)
-            link[0] = space.next
+            idle = load_int(&space.users) == 0
+            if idle:
+                link[0] = space.next
             pthread_mutex_unlock(&loop.desk.layout)
+        if idle:
             forget(loop, space)  # also what a worker has parked since
             free_space(space)
             add_int(&loop.n_children, -1)

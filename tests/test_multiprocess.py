@@ -10,7 +10,7 @@ import pytest
 
 import userfault as uf
 from children import run_served
-from support import LAB, Child, forks, has, on_and_off, only
+from support import LAB, Child, forks, needs, on_and_off, only
 
 METHODS = ("fork",) if LAB else ("fork", "forkserver", "spawn")
 
@@ -259,7 +259,7 @@ def test_two_hundred_children_leave_nothing_behind(wire: str, events: bool, chil
 
 # -- children that outlive what serves them ------------------------------------------------------------------
 
-orphans = pytest.mark.skipif(not has(uf.Feature.POISON), reason="their pages fail closed from Linux 6.6 on")
+orphans = needs(uf.Feature.POISON)  # their pages fail closed from Linux 6.6 on
 
 
 @forks
