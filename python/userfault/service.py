@@ -57,6 +57,11 @@ class FaultService:
     What no source serves fails closed: touching it raises SIGBUS (SIGSEGV before Linux 6.6). After close()
     that is every page that is still missing.
 
+    It follows the events that the userfaultfd hears. With fork events (Feature.EVENT_FORK, and always on v2)
+    fork children get the regions that it serves, and are served themselves, as are theirs, until they exit;
+    without, they do not have them (SIGSEGV). Remap: a region is served where it is now, and what it grew by
+    reads as zeros. Remove: dropped pages are filled again. Unmap: it is trimmed or split.
+
     Args:
         userfaultfd: whose regions to serve.
         workers: threads for each descriptor, beside the one that reads, that fill from sources which may
@@ -70,8 +75,8 @@ class FaultService:
             whose affinity it leases meanwhile: the fastest for one such thread (needs Feature.THREAD_ID).
 
     Raises BusyError when another service is open on it, ClosedError, ForkedError, and UnsupportedError for
-    features that it cannot follow yet (fork, remap, remove and unmap events; SIGBUS), for regions
-    that report more than missing pages, and for "pair" without thread ids.
+    Feature.SIGBUS, for regions that report more than missing pages, for "pair" without thread ids, and for
+    the userfaultfd of a fork child, which its parent's service follows.
     """
 
     def __init__(
@@ -255,8 +260,9 @@ class FaultService:
         no fault had asked for), `moved` (pages that came as part of a huge page), `ioctls`, `existing`
         (pages somebody else had brought), `forgotten` (no longer registered), `parked` (to be retried),
         `failed` (closed), `unprotected` (write-protect faults, which are let through), `unknown` (records
-        that are not page faults), `handed` (runs that workers were asked for), `errors` (shape (134,): how
-        often the kernel answered that errno), and `latency`, shape (496,) of `from_ns` and `count`:
+        that nobody knows), `handed` (runs that workers were asked for), `forks`, `remaps`, `removes` and
+        `unmaps` (events, of fork children too), `errors` (shape (134,): how often the kernel answered that
+        errno), and `latency`, shape (496,) of `from_ns` and `count`:
         nanoseconds from read to resolved, eight buckets an octave; without the faults of pages that were
         `coming`. A parked fault counts anew in `records` of its region each time it is tried.
 
@@ -277,7 +283,7 @@ class FaultService:
         ]
 
     def unknown(self) -> npt.NDArray[np.void]:
-        """The last records (up to 256 a shard) that were not page faults, as they came."""
+        """The last records (up to 256 a shard) that were neither faults nor known events, as they came."""
         return np.concatenate([engine.unknown() for engine in self._engines])
 
     def close(self) -> None:
