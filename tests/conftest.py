@@ -29,7 +29,8 @@ hypothesis.settings.load_profile("lab" if LAB else "userfault")
 # What does not depend on the records' format is not tried again on the lab's slow processor.
 _NATIVE_ONLY = (
     *("abi", "bench_cli", "bounce", "build", "cli", "errno_kernel", "errno_shim", "kernel_selftests"),
-    *("lab_unit", "lease", "no_python", "rfc_model", "shared_memory", "soak", "sources", "write_protect"),
+    *("lab_unit", "lease", "no_python", "rfc_model", "shared_memory", "soak", "sources", "victim"),
+    *("write_protect",),
 )
 collect_ignore = [*(f"test_{name}.py" for name in _NATIVE_ONLY), "native"] if LAB else []
 
