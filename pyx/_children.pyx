@@ -17,7 +17,10 @@ import weakref
 
 import numpy as np
 
-from userfault._abi cimport WIRE_MSG, add_int, c_close, c_read, getpid, msg_record, store_int, v2_record
+from userfault._abi cimport (
+    UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT, WIRE_MSG, add_int, c_close, c_read, getpid, msg_record, store_int,
+    v2_record,
+)
 from userfault._books cimport (
     FAULT, FORK, copy_books, decode_event, event_t, find_grown, keep_books, poison_missing,
 )
@@ -79,8 +82,14 @@ os.register_at_fork(before=before_fork, after_in_parent=after_fork, after_in_chi
 
 # -- records --------------------------------------------------------------------------------------------
 
-cdef size_t follow(tree_t *tree, int fd, int wire, bint hears_unmap, const char *records, size_t i, size_t n,
-                   event_t *event) noexcept nogil:
+cdef inline bint is_fault(int wire, const char *record) noexcept nogil:
+    if wire == WIRE_MSG:
+        return (<const msg_record *>record).event == UFFD_EVENT_PAGEFAULT
+    return (<const v2_record *>record).type == UFFD_PAGEFAULT
+
+
+cdef size_t follow(tree_t *tree, int fd, int wire, bint hears_moves, bint hears_unmap, const char *records,
+                   size_t i, size_t n, event_t *event) noexcept nogil:
     """Keep the books by the records from number i on, up to the next fork: its number and `event`; or n."""
     cdef size_t size = sizeof(msg_record) if wire == WIRE_MSG else sizeof(v2_record)
     cdef const char *record
@@ -90,6 +99,10 @@ cdef size_t follow(tree_t *tree, int fd, int wire, bint hears_unmap, const char 
     cdef int ticket
     while i < n:
         record = records + i * size
+        if not hears_moves and is_fault(wire, record):
+            # Where no region moves, none is looked for.
+            i += 1
+            continue
         if decode_event(wire, record, event) == FORK:
             break
         if event.kind == FAULT:
@@ -124,7 +137,7 @@ cdef void give_up(tree_t *tree, int fd, int wire) noexcept nogil:
                 break
             n, i = got // size, 0
             while True:
-                i = follow(tree, fd, wire, False, <const char *>records, i, n, &event)
+                i = follow(tree, fd, wire, True, False, <const char *>records, i, n, &event)
                 if i == n:
                     break
                 memset(&table, 0, sizeof(table))

@@ -108,6 +108,7 @@ cdef class EventReader:
     cdef Descriptor parent     # the Userfaultfd's, None for a bare number
     cdef RegionTable table     # whose books are kept; None where no events are heard
     cdef object agreement
+    cdef bint hears_moves
     cdef bint hears_unmap
     cdef int wire
     cdef object batch          # weak reference to the last ForkBatch
@@ -163,7 +164,9 @@ cdef class EventReader:
             elif stat.S_ISSOCK(mode):
                 with socket.socket(fileno=os.dup(fd)) as peer:
                     self.framed = peer.type != socket.SOCK_STREAM
-        self.hears_unmap = self.table is not None and Feature.EVENT_UNMAP in self.agreement.events
+        if self.table is not None:
+            self.hears_moves = bool(self.agreement.events & (Feature.EVENT_REMAP | Feature.EVENT_UNMAP))
+            self.hears_unmap = Feature.EVENT_UNMAP in self.agreement.events
         self.wire = WIRES[api]
         self.own = Descriptor(fd, borrowed=True)
         self.api = str(api)
@@ -311,7 +314,8 @@ cdef class EventReader:
         cdef size_t i = 0
         while True:
             with nogil:
-                i = follow(&self.table.tree, fd, self.wire, self.hears_unmap, data, i, n, &event)
+                i = follow(&self.table.tree, fd, self.wire, self.hears_moves, self.hears_unmap, data, i, n,
+                           &event)
             if i == n:
                 break
             if batch is None:

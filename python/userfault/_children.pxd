@@ -14,5 +14,5 @@ cdef class ForkBatch:
 
 cdef int forking    # os.fork() calls in progress
 
-cdef size_t follow(tree_t *tree, int fd, int wire, bint hears_unmap, const char *records, size_t i, size_t n,
-                   event_t *event) noexcept nogil
+cdef size_t follow(tree_t *tree, int fd, int wire, bint hears_moves, bint hears_unmap, const char *records,
+                   size_t i, size_t n, event_t *event) noexcept nogil
