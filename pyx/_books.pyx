@@ -7,14 +7,14 @@ It works on other processes too, whose /proc we may not know. Sources: userfault
 """
 
 from libc.errno cimport EAGAIN, EEXIST, EFAULT, ENOENT, ESRCH, errno
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, uint32_t, uint64_t
 
 from userfault cimport _abi
 from userfault._abi cimport POLLIN, msg_record, pollfd, ppoll, timespec, v2_record
 from userfault._errno cimport error_for
 from userfault._ioctl cimport PAGE_SIZE, uffd_copy, uffd_poison
 from userfault._served cimport served_t
-from userfault._tree cimport before, cut, enter, insert, leave, list_range, lock_tree, unlock_tree
+from userfault._tree cimport before, cut, enter, insert, leave, list_range, lock_tree, next_entry, unlock_tree
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -29,7 +29,6 @@ DEF MOMENT = 50000   # ns
 DEF WALKED = 67108864   # bytes that are asked about page by page
 # In a tree's `unsure`: which of its pieces are there. Any other address: whether a region has grown to there.
 DEF EVERYTHING = 1
-DEF END = 1 << 62    # past all memory
 
 # A page that cannot be read. Low, because the kernel wants address + length to be user space.
 cdef uint64_t unreadable = <uint64_t>mmap(<void *><uint64_t>0x100000000, PAGE_SIZE, PROT_NONE,
@@ -136,19 +135,13 @@ cdef int settle(tree_t *tree, int fd) noexcept nogil:
     """Ask the kernel what no event has said; what it cannot answer yet is asked after the next event."""
     cdef uint64_t unsure = tree.unsure, at = 0, page, taken
     cdef entry_t entry
-    cdef size_t found = 1
     cdef int result = 0, answer = 0
     tree.unsure = 0
     if unsure != EVERYTHING:
         if find_grown(tree, fd, unsure, &entry) == -EAGAIN:
             tree.unsure = unsure
         return 0
-    while result == 0:
-        lock_tree(tree)
-        found = list_range(tree, at, END, &entry, 1)
-        unlock_tree(tree)
-        if not found:
-            break
+    while result == 0 and next_entry(tree, at, INT64_MAX, &entry):
         at = entry.end
         answer = is_registered(fd, entry.start, entry.end)
         page = entry.start
@@ -187,7 +180,7 @@ cdef int remap(tree_t *tree, int fd, const event_t *event, bint hears_unmap) noe
     lock_tree(tree)
     # Whatever was there has been unmapped (MREMAP_FIXED).
     result = cut(tree, event.to, to_end, &taken)
-    while result == 0 and at < event.end and list_range(tree, at, event.end, &entry, 1):
+    while result == 0 and list_range(tree, at, event.end, &entry, 1):
         at = entry.end
         entry.start += shift
         entry.end += shift
@@ -209,7 +202,7 @@ cdef int find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noex
     1: the table holds all of it now, and `entry` is it; else 0, or -errno as of `is_registered`.
     """
     cdef entry_t other
-    cdef uint64_t end, limit = END, taken, length
+    cdef uint64_t end, limit = INT64_MAX, taken, length
     cdef int ticket = enter(tree)
     cdef bint near = before(tree, address, entry)
     cdef int answer = 0
@@ -218,10 +211,8 @@ cdef int find_grown(tree_t *tree, int fd, uint64_t address, entry_t *entry) noex
         answer = is_registered(fd, entry.end - PAGE_SIZE, address + PAGE_SIZE)
     if answer != 1:
         return answer
-    lock_tree(tree)
-    if list_range(tree, address, limit, &other, 1):
+    if next_entry(tree, address, limit, &other):
         limit = other.start
-    unlock_tree(tree)
     end = reach(fd, entry.end - PAGE_SIZE, address + PAGE_SIZE, limit)
     lock_tree(tree)
     # As it is now: it may have been let go of meanwhile.
@@ -249,14 +240,8 @@ cdef int copy_books(tree_t *parent, tree_t *child, int child_fd) noexcept nogil:
     """
     cdef entry_t entry, other
     cdef uint64_t at = 0
-    cdef size_t found = 1
     cdef int result = 0
-    while result == 0:
-        lock_tree(parent)
-        found = list_range(parent, at, END, &entry, 1)
-        unlock_tree(parent)
-        if not found:
-            break
+    while result == 0 and next_entry(parent, at, INT64_MAX, &entry):
         at = entry.end
         result = insert(child, &entry, &other)
     child.unsure = EVERYTHING
@@ -270,12 +255,7 @@ cdef bint poison_missing(tree_t *tree, int fd) noexcept nogil:
     cdef uint64_t at = 0, size, done
     cdef int result, patience = PATIENCE
     cdef bint complete = True
-    while True:
-        lock_tree(tree)
-        if not list_range(tree, at, END, &entry, 1):
-            unlock_tree(tree)
-            return complete
-        unlock_tree(tree)
+    while next_entry(tree, at, INT64_MAX, &entry):
         at = entry.start
         size = entry.end - at
         while at < entry.end:
@@ -295,3 +275,4 @@ cdef bint poison_missing(tree_t *tree, int fd) noexcept nogil:
                 break
             size = entry.end - at
         at = entry.end
+    return complete

@@ -6,7 +6,7 @@ too late for its own wake-up, and ask again.
 """
 
 from libc.errno cimport ENOMEM
-from libc.stdint cimport uint64_t
+from libc.stdint cimport INT64_MAX, uint64_t
 from libc.stdlib cimport calloc, free
 
 from userfault._abi cimport (
@@ -17,7 +17,7 @@ from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport clear_bits, served_t, set_bits
 from userfault._space cimport space_t
 from userfault._stage cimport free_stage, new_stage
-from userfault._tree cimport enter, entry_t, find, leave, list_range, lock_tree, unlock_tree
+from userfault._tree cimport enter, entry_t, find, leave, next_entry
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
@@ -220,12 +220,8 @@ cdef inline bint is_of(const job_t *job, const entry_t *entry) noexcept nogil:
 
 cdef bint next_piece(space_t *space, const served_t *served, uint64_t start, entry_t *entry) noexcept nogil:
     """The first piece of the region at or after `start`; False when there is none."""
-    cdef size_t found = 1
-    while found:
-        lock_tree(space.tree)
-        found = list_range(space.tree, start, <uint64_t>1 << 62, entry, 1)
-        unlock_tree(space.tree)
-        if found and entry.payload == <void *>served:
+    while next_entry(space.tree, start, INT64_MAX, entry):
+        if entry.payload == <void *>served:
             return True
         start = entry.end
     return False

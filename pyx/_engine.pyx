@@ -12,7 +12,7 @@ this, until no registered memory is left.
 
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.errno cimport errno
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
@@ -59,7 +59,6 @@ cdef extern from "<pthread.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int gettid()
 
-DEF END = 1 << 62        # past all memory
 
 STAGES = ("no source serves it", "its source failed", "the kernel refused it")
 PLACEMENTS = ("spin", "any", "pair")
@@ -251,7 +250,7 @@ cdef class Engine:
         served = self.keep.get(region)
         if served is not None:
             if self.loop.own.hears_moves:
-                start, length = 0, END
+                start, length = 0, INT64_MAX
             give_payload(&self.table.tree, start, start + length, region, NULL)
             self.let_go([served])
 
@@ -279,7 +278,7 @@ cdef class Engine:
         space = pin_child(&self.loop, NULL)
         while space != NULL:
             for served in kept:
-                give_payload(space.tree, 0, END, served.c.id, NULL)
+                give_payload(space.tree, 0, INT64_MAX, served.c.id, NULL)
             quiesce(space.tree)
             for served in kept:
                 copy = copy_of(space, &served.c)

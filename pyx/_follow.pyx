@@ -18,7 +18,7 @@ from userfault._books cimport FORK, REMAP, UNKNOWN, UNMAP, decode_event, event_t
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport clear_bits, served_t
 from userfault._space cimport free_space, has_ended, new_space, space_t
-from userfault._tree cimport entry_t, list_range, lock_tree, unlock_tree
+from userfault._tree cimport entry_t, next_entry
 
 cdef extern from "<sys/epoll.h>" nogil:
     int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
@@ -52,7 +52,6 @@ cdef bint hear(loop_t *loop, space_t *space, const char *record) noexcept nogil:
     cdef entry_t entry
     cdef served_t *served
     cdef uint64_t at
-    cdef bint left = True
     decode_event(loop.wire, record, &event)
     if not space.hears_events or event.kind == UNKNOWN:
         return False
@@ -63,26 +62,22 @@ cdef bint hear(loop_t *loop, space_t *space, const char *record) noexcept nogil:
             return False
         (<char *>record)[0] = 0  # its descriptor is nobody's business any more (leave_children)
         return True
+    at = event.start
     if event.kind == UNMAP:
         loop.worker.counters.unmaps += 1
-        left = False
+        at = event.end
     elif event.kind == REMAP:
         loop.worker.counters.remaps += 1
     else:
         loop.worker.counters.removes += 1
-    at = event.start
-    while left:
-        lock_tree(space.tree)
-        left = at < event.end and list_range(space.tree, at, event.end, &entry, 1)
-        unlock_tree(space.tree)
+    while next_entry(space.tree, at, event.end, &entry):
         at = entry.end
-        if left and entry.payload != NULL:
-            served = <served_t *>entry.payload
-            if event.kind == REMAP:
-                served.scattered = True
-            else:
-                clear_bits(served.resident, min((entry.start - entry.base) // PAGE_SIZE, served.n_pages),
-                           min((entry.end - entry.base) // PAGE_SIZE, served.n_pages))
+        served = <served_t *>entry.payload
+        if served != NULL and event.kind == REMAP:
+            served.scattered = True
+        elif served != NULL:
+            clear_bits(served.resident, min((entry.start - entry.base) // PAGE_SIZE, served.n_pages),
+                       min((entry.end - entry.base) // PAGE_SIZE, served.n_pages))
     keep_books(space.tree, space.fd, &event, space.hears_unmap)
     # Last: a worker that sees no change has seen the books as they are.
     add_u64(&space.changes, 1)

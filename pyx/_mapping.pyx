@@ -86,7 +86,7 @@ cdef class Mapping:
             # is still ours.
             while self.descriptor is not None and found:
                 lock_tree(&self.table.tree)
-                found = at < end and list_range(&self.table.tree, at, end, &piece, 1)
+                found = list_range(&self.table.tree, at, end, &piece, 1)
                 if found and piece.id == self.region and piece.base == self.start:
                     # Without memory the table goes on naming what is gone, where no page can miss.
                     cut(&self.table.tree, piece.start, piece.end, &taken)

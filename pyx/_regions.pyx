@@ -16,7 +16,7 @@ from userfault._abi cimport (
 from userfault._ioctl cimport PAGE_SIZE, as_u64, check_range
 from userfault._tree cimport (
     advance, best_search, count, cut, enter, entry_t, fell, find, insert, leave, list_all, locate,
-    list_range, lock_tree, plant, replace_all, set_payload, tree_t, unlock_tree,
+    lock_tree, next_entry, plant, replace_all, set_payload, tree_t, unlock_tree,
 )
 
 from userfault._consts import DTYPES, WIRES
@@ -330,15 +330,12 @@ cdef size_t drop_payloads(tree_t *tree) except? 0:
     """How many pieces had one."""
     cdef entry_t entry
     cdef uint64_t at = 0
-    cdef size_t found = 1, n = 0
-    while found:
-        lock_tree(tree)
-        found = list_range(tree, at, INT64_MAX, &entry, 1)
-        unlock_tree(tree)
-        if found and entry.payload != NULL:
+    cdef size_t n = 0
+    while next_entry(tree, at, INT64_MAX, &entry):
+        at = entry.end
+        if entry.payload != NULL:
             give_payload(tree, entry.start, entry.end, entry.id, NULL)
             n += 1
-        at = entry.end
     return n
 
 

@@ -5,13 +5,13 @@ record is read: so its memory comes from mmap.
 """
 
 from libc.errno cimport ESRCH
-from libc.stdint cimport uint64_t
+from libc.stdint cimport INT64_MAX, uint64_t
 
 from userfault._abi cimport c_close, load_int
 from userfault._books cimport copy_books
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
 from userfault._served cimport served_t, stream_t
-from userfault._tree cimport entry_t, fell, list_range, lock_tree, plant, set_payload, unlock_tree
+from userfault._tree cimport entry_t, fell, lock_tree, next_entry, plant, set_payload, unlock_tree
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
@@ -19,7 +19,6 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
 
 DEF LOWEST = 65536       # mmap_min_addr: below it the kernel looks at no process
-DEF END = 1 << 62        # past all memory
 
 
 cdef void *zeroed(size_t size) noexcept nogil:
@@ -38,7 +37,6 @@ cdef space_t *new_space(const space_t *parent, int fd) noexcept nogil:
     cdef entry_t entry
     cdef served_t *served
     cdef uint64_t at = 0, total
-    cdef bint left = True
     if space == NULL:
         return NULL
     space.fd = fd
@@ -51,17 +49,13 @@ cdef space_t *new_space(const space_t *parent, int fd) noexcept nogil:
     if plant(space.tree) != 0 or copy_books(parent.tree, space.tree, fd) != 0:
         free_copies(space)
         return NULL
-    while left:
-        lock_tree(space.tree)
-        left = list_range(space.tree, at, END, &entry, 1)
-        unlock_tree(space.tree)
-        if left:
-            at = entry.end
-            if entry.payload != NULL:
-                served = copy_served(space, <served_t *>entry.payload)
-                lock_tree(space.tree)
-                set_payload(space.tree, entry.start, entry.end, entry.id, served, &total)
-                unlock_tree(space.tree)
+    while next_entry(space.tree, at, INT64_MAX, &entry):
+        at = entry.end
+        if entry.payload != NULL:
+            served = copy_served(space, <served_t *>entry.payload)
+            lock_tree(space.tree)
+            set_payload(space.tree, entry.start, entry.end, entry.id, served, &total)
+            unlock_tree(space.tree)
     return space
 
 

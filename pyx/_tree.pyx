@@ -383,12 +383,21 @@ cdef void list_all(tree_t *tree, entry_t *entries) noexcept nogil:
     list_range(tree, 0, UINT64_MAX, entries, SIZE_MAX)
 
 
+cdef bint next_entry(tree_t *tree, uint64_t start, uint64_t end, entry_t *entry) noexcept nogil:
+    """The first piece that overlaps [start, end), clipped to it; False when there is none. Takes the lock."""
+    cdef size_t found
+    lock_tree(tree)
+    found = list_range(tree, start, end, entry, 1)
+    unlock_tree(tree)
+    return found == 1
+
+
 cdef size_t list_range(tree_t *tree, uint64_t start, uint64_t end, entry_t *entries,
                        size_t room) noexcept nogil:
     """The pieces that overlap [start, end), in order and clipped to it, at most `room`; how many."""
     cdef size_t which = leaf_of(trunk(tree), start), i, k = 0
     cdef leaf_t *leaf
-    while begins_below(tree, which, end):
+    while start < end and k < room and begins_below(tree, which, end):
         leaf = trunk(tree).leaves[which]
         for i in range(leaf.n):
             if k < room and leaf.pieces[i].end > start and <uint64_t>leaf.starts[i] < end:

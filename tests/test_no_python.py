@@ -52,7 +52,7 @@ MODULES = {
     userfault._lease: ("lease_saw", "lease_saw_many", "lease_held", "lease_expire", "lease_end"),
     userfault._tree: (
         *("enter", "leave", "find", "before", "empty"),
-        *("lock_tree", "unlock_tree", "insert", "cut", "set_payload", "list_range"),
+        *("lock_tree", "unlock_tree", "insert", "cut", "set_payload", "list_range", "next_entry"),
     ),
     userfault._slab: ("slab_alloc", "slab_free"),
     userfault._errno: ("decide",),

@@ -49,3 +49,6 @@ cdef void list_all(tree_t *tree, entry_t *entries) noexcept nogil
 cdef size_t list_range(tree_t *tree, uint64_t start, uint64_t end, entry_t *entries,
                        size_t room) noexcept nogil
 cdef void advance(tree_t *tree) noexcept nogil
+
+# Any thread, which may not have the lock.
+cdef bint next_entry(tree_t *tree, uint64_t start, uint64_t end, entry_t *entry) noexcept nogil
