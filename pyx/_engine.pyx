@@ -23,8 +23,8 @@ import numpy as np
 
 from userfault._abi cimport (
     UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_UNMAP,
-    aligned_alloc, c_close, getpid, load_int, msg_record, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, store_int, swap_int_if,
+    add_int, aligned_alloc, c_close, getpid, load_int, msg_record, now, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int_if,
 )
 from userfault._ahead cimport (
     ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t,
@@ -33,16 +33,16 @@ from userfault._crew cimport MOST_WORKERS, dismiss, free_crew, hire, new_crew, p
 from userfault._descriptor cimport Descriptor
 from userfault._errno cimport error_for
 from userfault._fill cimport (
-    ERRNOS, FAILURES, LATENCIES, PARKED, counters_t, failure_t, parked_t,
+    ERRNOS, FAILURES, LATENCIES, PARKED, TRIES, counters_t, failure_t, fill, parked_t, worker_t,
 )
 from userfault._ioctl cimport PAGE_SIZE, uffd_wake
 from userfault._follow cimport delist, end_children, enlist, leave_children, pin_child
 from userfault._loop cimport run_loop
 from userfault._regions cimport RegionTable, drop_payloads, give_payload, quiesce
-from userfault._served cimport Served, served_t
+from userfault._served cimport Served, first_missing, missing_end, served_t
 from userfault._space cimport copy_of, space_t
 from userfault._stage cimport free_stage, new_stage
-from userfault._tree cimport empty
+from userfault._tree cimport empty, enter, entry_t, find, leave, tree_t
 
 from userfault._consts import DTYPES, WIRES
 from userfault._descriptor import inherited
@@ -60,8 +60,10 @@ cdef extern from "<unistd.h>" nogil:
     int gettid()
 
 
-STAGES = ("no source serves it", "its source failed", "the kernel refused it")
+STAGES = ("no source serves it", "its source failed", "the kernel refused it",
+          "its memory limit left no room")
 PLACEMENTS = ("spin", "any", "pair")
+DEF AT_ONCE = 4096       # pages that are filled between two looks at the clock
 
 LATENCY_DTYPE = np.dtype([("from_ns", "<u8"), ("count", "<u8")])
 COUNTERS = (
@@ -74,6 +76,25 @@ FAILURE_DTYPE = np.dtype([("address", "<u8"), ("region", "<i8"), ("offset", "<i8
                           ("stage", "<i4")])
 assert FAILURE_DTYPE.itemsize == sizeof(failure_t)
 assert sizeof(counters_t) == 8 * (len(COUNTERS) + ERRNOS + LATENCIES)
+
+
+cdef bint visit(Engine engine, served_t *served, uint64_t first, uint64_t end) noexcept nogil:
+    """Fill the pages [first, end) in the calling thread; False: nobody serves them any more."""
+    cdef worker_t *worker = &engine.visitor
+    cdef tree_t *tree = &engine.table.tree
+    cdef int ticket = enter(tree)
+    cdef entry_t entry
+    cdef uint64_t address = served.hold.base + first * PAGE_SIZE
+    cdef bint there = find(tree, address, &entry) and entry.payload == <void *>served
+    if there:
+        add_int(&served.users, 1)
+    leave(tree, ticket)
+    if there:
+        worker.since = now()
+        worker.tries = TRIES
+        fill(worker, &entry, served, first, end, 0, 0, 0, True)
+        add_int(&served.users, -1)
+    return there
 
 
 cdef void *read_and_serve(void *argument) noexcept nogil:
@@ -118,7 +139,10 @@ cdef class Engine:
         loop.own.tree = &table.tree
         loop.desk.can_poison = can_poison
         loop.worker.desk = &loop.desk
-        loop.worker.space = &loop.own
+        loop.worker.space = self.visitor.space = &loop.own
+        self.visitor.desk = &loop.desk
+        self.visitor.guarded = True
+        pthread_mutex_init(&self.visiting, NULL)
         loop.may_spin = len(os.sched_getaffinity(0)) > 1
         pthread_mutex_init(&loop.desk.lock, NULL)
         pthread_mutex_init(&loop.desk.layout, NULL)
@@ -150,6 +174,7 @@ cdef class Engine:
         if self.pid == getpid():
             # A fork child has no stage (DONTFORK), and may have other memory there.
             free_stage(&loop.worker)
+            free_stage(&self.visitor)
         if loop.own.pagemap >= 0:
             c_close(loop.own.pagemap)
         if loop.epoll >= 0:
@@ -241,6 +266,8 @@ cdef class Engine:
             raise SourceError(f"the source has {served.c.source.size} bytes, the region {length}: "
                               "map no more than the source fills")
         self.keep[region] = served
+        if served.hold.changed != NULL:
+            self.loop.own.tracks = True
         if not give_payload(&self.table.tree, start, start + length, region, &served.c):
             del self.keep[region]
             raise RangeError("the region is no longer registered")
@@ -324,6 +351,40 @@ cdef class Engine:
         self.descriptor.kick()
         return room
 
+    def fill(self, Served served not None, const uint64_t[::1] firsts, const uint64_t[::1] ends,
+             double seconds):
+        """Fill what is missing of the pages [first, end) of each pair, in this thread and without the GIL, as
+        far as that goes in so many seconds. For lazy arrays.
+
+        Returns how many pairs are done, and the page that the next of them begins with. What cannot be had is
+        left out, for `take_errors`. Raises ClosedError, UffdError.
+        """
+        cdef served_t *c = &served.c
+        cdef Py_ssize_t i = 0, n = firsts.shape[0]
+        cdef uint64_t page = firsts[0] if n else 0, stop
+        cdef int64_t until = now() + <int64_t>(seconds * 1e9)
+        cdef bint there = True
+        cdef int result = 0
+        with nogil:
+            pthread_mutex_lock(&self.visiting)
+            if self.visitor.stage == NULL:
+                result = new_stage(&self.visitor)
+            while result == 0 and i < n and there and now() < until:
+                page = first_missing(c, page, ends[i])
+                stop = missing_end(c, page, min(ends[i], page + AT_ONCE))
+                if page < stop:
+                    there = visit(self, c, page, stop)
+                page = stop
+                if page >= ends[i] and there:
+                    i += 1
+                    page = firsts[i] if i < n else 0
+            pthread_mutex_unlock(&self.visiting)
+        if result:
+            raise error_for("mmap of a stage", -result)
+        if not there:
+            raise ClosedError("the array is closed")
+        return i, page
+
     @property
     def pagemap(self):
         """The number of the engine's /proc/self/pagemap, -1 where there is none."""
@@ -346,8 +407,10 @@ cdef class Engine:
         cdef const uint64_t *more
         cdef size_t n = sizeof(counters_t) // sizeof(uint64_t), i
         cdef int k
-        for k in range(self.loop.crew.n_workers):
-            more = <const uint64_t *>&self.loop.crew.workers[k].counters
+        for k in range(-1, self.loop.crew.n_workers):
+            more = <const uint64_t *>&self.visitor.counters
+            if k >= 0:
+                more = <const uint64_t *>&self.loop.crew.workers[k].counters
             for i in range(n):
                 sums[i] += more[i]
         values = np.frombuffer(<const unsigned char[:sizeof(counters_t)]><const unsigned char *>sums,

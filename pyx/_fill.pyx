@@ -16,7 +16,9 @@ from userfault._errno cimport FORGET, NEXT, PARK, POISON, RETRY, STOP, decide
 from userfault._ioctl cimport (
     PAGE_SIZE, uffd_copy, uffd_move, uffd_poison, uffd_wake, uffd_writeprotect, uffd_zeropage,
 )
-from userfault._served cimport HUGE_PAGES, REGION_LATENCIES, served_t, set_bits
+from userfault._evict cimport make_room
+from userfault._say cimport say
+from userfault._served cimport HUGE_PAGES, REGION_LATENCIES, hold_t, is_set, served_t, there
 from userfault._source cimport source_t
 from userfault._stage cimport bring, stage_is_huge
 from userfault._tree cimport enter, entry_t, find, leave
@@ -37,6 +39,7 @@ cdef extern from *:
     const char LAST_WORDS "uf_last_words"[]
     int __builtin_clzll(unsigned long long) nogil
 
+DEF RETRY_NS = 10000000       # until a source that failed is asked again
 DEF SMALL_NS = 100000000      # huge pages were not to be had: so long until the next try
 
 
@@ -82,13 +85,25 @@ cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uin
     cdef const source_t *source = &served.source
     cdef uint64_t address, offset, has, n, page
     cdef int result
+    if served.hold != NULL and served.hold.retry_at and now() < served.hold.retry_at:
+        park_wanted(worker, entry, served, first, end, want, want_end)
+        return end
     while first < end:
         address = entry.base + first * PAGE_SIZE
         offset = first * PAGE_SIZE
         n = end - first
+        if served.hold != NULL:
+            n = min(n, served.hold.budget.step)
+            result = make_room(served.hold.budget, n, may_wait)
+            if result == -EAGAIN and not may_wait:
+                return first
+            if result != 0:
+                no_room(worker, entry, served, first, end, want, want_end, result)
+                return end
         if source.zero:
             resolve(worker, entry, served, first, n, 0, want, want_end, mode)
-            return end
+            first += n
+            continue
         has = source.size - offset if source.size > offset else 0
         if has == 0:
             lose(worker, entry, served, first, end, want, want_end, ENODATA)
@@ -114,6 +129,8 @@ cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uin
         n = (has + PAGE_SIZE - 1) // PAGE_SIZE
         result = bring(worker, source, offset, has, may_wait)
         if result == 0:
+            if served.hold != NULL:
+                served.hold.retry_at = 0
             memset(worker.stage + has, 0, n * PAGE_SIZE - has)
             resolve(worker, entry, served, first, n, <uintptr_t>worker.stage, want, want_end, mode)
         elif result == -EAGAIN and not may_wait:
@@ -173,25 +190,32 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
                   uint64_t source, uint64_t want, uint64_t want_end, uint64_t mode) noexcept nogil:
     """COPY n pages from `source`, or ZEROPAGE them when that is 0, as the errno table decides."""
     cdef uint64_t end = first + n, page, step, done
-    cdef uint64_t address, origin = source - first * PAGE_SIZE if source else 0
+    cdef uint64_t address, origin = source - first * PAGE_SIZE if source else 0, copying
     cdef int result, decision
-    cdef bint wanted
+    cdef bint wanted, open
     worker.counters.runs += 1
     count(&served.counters.runs, 1)
     while first < end:
         step = end - first
         while True:
             address = entry.base + first * PAGE_SIZE
+            open = False
+            copying = mode
+            if served.hold != NULL and served.hold.changed != NULL:
+                open = lock_changed(served, first, first + step, &step)
+                copying |= 0 if open else _abi.UFFDIO_COPY_MODE_WP
             if not claim(worker, entry, served, address, step * PAGE_SIZE):
                 result = -ENOENT
                 done = 0
             elif source:
                 result = uffd_copy(worker.space.fd, address, origin + first * PAGE_SIZE, step * PAGE_SIZE,
-                                   mode, &done)
+                                   copying, &done)
                 disclaim(worker)
             else:
                 result = uffd_zeropage(worker.space.fd, address, step * PAGE_SIZE, mode, &done)
                 disclaim(worker)
+            if open:
+                pthread_mutex_unlock(&served.hold.budget.lock)
             worker.counters.ioctls += 1
             count(&served.counters.ioctls, 1)
             done //= PAGE_SIZE
@@ -223,7 +247,7 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
             return
         if decision == NEXT:
             # Somebody else brought the page: its faulting thread may still sleep.
-            set_bits(served.resident, first, first + 1)
+            there(served, first, first + 1)
             uffd_wake(worker.space.fd, address, PAGE_SIZE)
             worker.counters.ioctls += 1
             count(&served.counters.ioctls, 1)
@@ -240,6 +264,21 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         else:
             store_u64(&served.kernel_error, -result)
         first += 1
+
+
+cdef bint lock_changed(served_t *served, uint64_t first, uint64_t end, uint64_t *n) noexcept nogil:
+    """Whether the page `first` is about to be written to, and so comes unprotected; how many from it on are
+    alike. If it is, the budget's lock is held: it stays noted as changed until it is there."""
+    cdef hold_t *hold = served.hold
+    cdef uint64_t at = first
+    pthread_mutex_lock(&hold.budget.lock)
+    while at < end and is_set(hold.changed, at) == is_set(hold.changed, first):
+        at += 1
+    n[0] = at - first
+    if is_set(hold.changed, first):
+        return True
+    pthread_mutex_unlock(&hold.budget.lock)
+    return False
 
 
 cdef void fill_grown(worker_t *worker, const entry_t *entry, uint64_t page, uint64_t mode) noexcept nogil:
@@ -268,7 +307,7 @@ cdef inline void came(worker_t *worker, served_t *served, uint64_t first, uint64
     cdef uint64_t wanted = 0
     if n == 0:
         return
-    set_bits(served.resident, first, first + n)
+    there(served, first, first + n)
     if want < want_end and want < first + n and first < want_end:
         wanted = min(first + n, want_end) - max(first, want)
     worker.counters.pages += n
@@ -287,12 +326,37 @@ cdef inline void note(worker_t *worker, int result) noexcept nogil:
 
 # -- what cannot be filled -----------------------------------------------------------------------------
 
+cdef void park_wanted(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
+                      uint64_t want, uint64_t want_end) noexcept nogil:
+    cdef uint64_t page
+    for page in range(max(first, want), min(end, want_end)):
+        park(worker, served, entry.base + page * PAGE_SIZE, False)
+
+
+cdef void no_room(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
+                  uint64_t want, uint64_t want_end, int result) noexcept nogil:
+    """The budget has no room for the pages [first, end), because of `result`."""
+    cdef uint64_t page
+    if result == -EAGAIN:
+        park_wanted(worker, entry, served, first, end, want, want_end)
+        return
+    store_u64(&served.kernel_error, -result)
+    for page in range(max(first, want), min(end, want_end)):
+        fail(worker, entry, served, entry.base + page * PAGE_SIZE, -result, LIMIT)
+
+
 cdef void lose(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
                uint64_t want, uint64_t want_end, int error) noexcept nogil:
     """The source does not have the pages [first, end): those that somebody waits for fail closed."""
     cdef uint64_t page
     if first < want or end > want_end:
         store_u64(&served.source_error, error)
+    if served.hold != NULL and now() - worker.since < served.hold.patience:
+        if served.hold.retry_at == 0 and max(first, want) < min(end, want_end):
+            say(served.hold, "cannot be had yet, and is asked for again", max(first, want) * PAGE_SIZE, error)
+        served.hold.retry_at = now() + RETRY_NS
+        park_wanted(worker, entry, served, first, end, want, want_end)
+        return
     for page in range(max(first, want), min(end, want_end)):
         fail(worker, entry, served, entry.base + page * PAGE_SIZE, error, SOURCE)
 
@@ -308,7 +372,9 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
     if served != NULL:
         # Not missing any more; read-ahead has no business there.
         done = (page - entry.base) // PAGE_SIZE
-        set_bits(served.resident, done, done + 1)
+        there(served, done, done + 1)
+        if served.hold != NULL:
+            say(served.hold, "cannot be had, and touching it raises SIGBUS", done * PAGE_SIZE, error)
     if desk.can_poison:
         result = -ENOENT
         if claim(worker, entry, served, page, PAGE_SIZE):

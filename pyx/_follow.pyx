@@ -16,7 +16,7 @@ from userfault._abi cimport (
 from userfault._ahead cimport CAPACITY, loop_t
 from userfault._books cimport FORK, REMAP, UNKNOWN, UNMAP, decode_event, event_t, keep_books, poison_missing
 from userfault._ioctl cimport PAGE_SIZE
-from userfault._served cimport clear_bits, served_t
+from userfault._served cimport gone, served_t
 from userfault._space cimport free_space, has_ended, new_space, space_t
 from userfault._tree cimport entry_t, next_entry
 
@@ -76,8 +76,8 @@ cdef bint hear(loop_t *loop, space_t *space, const char *record) noexcept nogil:
         if served != NULL and event.kind == REMAP:
             served.scattered = True
         elif served != NULL:
-            clear_bits(served.resident, min((entry.start - entry.base) // PAGE_SIZE, served.n_pages),
-                       min((entry.end - entry.base) // PAGE_SIZE, served.n_pages))
+            gone(served, min((entry.start - entry.base) // PAGE_SIZE, served.n_pages),
+                 min((entry.end - entry.base) // PAGE_SIZE, served.n_pages))
     keep_books(space.tree, space.fd, &event, space.hears_unmap)
     # Last: a worker that sees no change has seen the books as they are.
     add_u64(&space.changes, 1)

@@ -10,19 +10,21 @@ from libc.string cimport memcpy
 
 from userfault cimport _abi
 from userfault._abi cimport (
-    c_read, load_int, msg_record, now, pollfd, ppoll, pthread_mutex_lock, pthread_mutex_unlock,
+    c_read, count, load_int, msg_record, now, pollfd, ppoll, pthread_mutex_lock, pthread_mutex_unlock,
     swap_int_if, timespec,
 )
 from userfault._ahead cimport (
     CAPACITY, GONE, KEEPER, PAIR, SPIN, UNKNOWNS, advance, loop_t, take_orders,
 )
+from userfault._evict cimport change
 from userfault._fill cimport park, parked_t, wake
 from userfault._follow cimport ask, epoll_event, find_room, hear
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
 from userfault._lease cimport lease_end, lease_expire, lease_held, lease_saw, lease_saw_many
 from userfault._serve cimport serve
+from userfault._served cimport served_t, set_bits
 from userfault._space cimport space_t
-from userfault._tree cimport empty
+from userfault._tree cimport empty, enter, entry_t, find, leave
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -186,7 +188,7 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
     """The pages of the page faults among n records, into `pages`. Events are heeded before any fault: the
     kernel lets faults overtake them. Other records are kept."""
     cdef uint64_t page = ~(PAGE_SIZE - 1), arg
-    cdef const msg_record *msg
+    cdef const msg_record *msg = NULL
     cdef size_t i, n_pages = 0, record = 8
     cdef bint fault, protected
     loop.tid = 0
@@ -214,6 +216,9 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
             loop.worker.since = now()
             unprotect(loop, arg & page)
         elif fault:
+            # Changes are watched on msg only.
+            if loop.worker.space.tracks and msg.flags & _abi.UFFD_PAGEFAULT_FLAG_WRITE:
+                expect_change(loop, arg & page)
             loop.pages[n_pages] = arg & page
             n_pages += 1
         elif not hear(loop, loop.worker.space, loop.records + i * record):
@@ -224,9 +229,42 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
     return n_pages
 
 
+cdef served_t *watched(loop_t *loop, uint64_t page, uint64_t *number) noexcept nogil:
+    """Whose changes are noted there, and which page of it that is; NULL: nobody's."""
+    cdef entry_t entry
+    cdef served_t *served
+    if not (loop.worker.space.tracks and find(loop.worker.space.tree, page, &entry)):
+        return NULL
+    served = <served_t *>entry.payload
+    if served == NULL or served.hold == NULL or served.hold.changed == NULL:
+        return NULL
+    number[0] = (page - entry.base) // PAGE_SIZE
+    return served
+
+
+cdef void expect_change(loop_t *loop, uint64_t page) noexcept nogil:
+    """A missing page is written to: it comes without protection, so that the write need not fault again."""
+    cdef uint64_t number
+    cdef int ticket = enter(loop.worker.space.tree)
+    cdef served_t *served = watched(loop, page, &number)
+    if served != NULL:
+        pthread_mutex_lock(&served.hold.budget.lock)
+        set_bits(served.hold.changed, number, number + 1)
+        pthread_mutex_unlock(&served.hold.budget.lock)
+        count(&served.counters.changed, 1)
+    leave(loop.worker.space.tree, ticket)
+
+
 cdef void unprotect(loop_t *loop, uint64_t page) noexcept nogil:
-    """Let the writes to a page through."""
-    cdef int result = uffd_writeprotect(loop.worker.space.fd, page, PAGE_SIZE, 0)
+    """Let the writes to a page through, and where changes are watched note that it is changed."""
+    cdef uint64_t number
+    cdef int ticket = enter(loop.worker.space.tree), result
+    cdef served_t *served = watched(loop, page, &number)
+    if served != NULL:
+        result = change(served, number)
+    else:
+        result = uffd_writeprotect(loop.worker.space.fd, page, PAGE_SIZE, 0)
+    leave(loop.worker.space.tree, ticket)
     loop.worker.counters.ioctls += 1
     if result == -EAGAIN:
         loop.worker.counters.errors[EAGAIN] += 1

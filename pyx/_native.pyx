@@ -16,7 +16,7 @@ from operator import index
 
 import numpy as np
 
-from userfault._source cimport Source, fill_t
+from userfault._source cimport Source, fill_t, write_t
 
 from userfault._source import Buffer
 from userfault.errors import SourceError
@@ -62,6 +62,8 @@ cdef class Native(Source):
         ctx: its first argument: None (NULL), an address, a ctypes or cffi pointer, or an object with the
             buffer protocol, such as an array or a ctypes structure: the address of its memory.
         nbytes: how many bytes the source has; None: without end.
+        write: a function `int write(void *ctx, uint64_t offset, const void *src, size_t length)` that changes
+            are written back with, in whichever form `fn` may have: under the same rules; None: there is none.
 
     fn, the library that it is in, and ctx live as long as the source. Raises SourceError for a Python
     function in any disguise that shows, for another signature, for NULL or an address without code, for a
@@ -70,27 +72,29 @@ cdef class Native(Source):
 
     cdef object owner
     cdef void *library
+    cdef void *writing_library
 
-    def __init__(self, fn, ctx=None, nbytes=None):
+    def __init__(self, fn, ctx=None, nbytes=None, *, write=None):
         if self.c.fill != NULL:
             raise SourceError("a Native takes its function once")
-        function, signature, context = look_up(fn)
-        if signature is not None and kinds(signature) != EXPECTED_KINDS:
-            raise SourceError(f"the function is {signature!r}; a page source's is {EXPECTED!r}")
-        if function and not any("x" in vma.permissions for vma in vmas(function, function + 1)):
-            raise SourceError(f"no code at {function:#x}: its library may be unloaded, as cffi does when "
-                              "nothing holds what ffi.dlopen returned")
+        function, context = checked(fn)
         pointer, memory = pointed_at(ctx)
         size = UINT64_MAX if nbytes is None else index(nbytes)
         if not 0 <= size <= UINT64_MAX:
             raise SourceError(f"a source cannot have {size} bytes")
         self.set(<fill_t><uintptr_t>function, <void *><uintptr_t>(context if ctx is None else pointer), size,
-                 (fn, ctx, memory))
+                 (fn, ctx, memory, write))
         self.library = library_of(function)
+        if write is not None:
+            function, _ = checked(write)
+            self.c.write = <write_t><uintptr_t>function
+            self.writing_library = library_of(function)
 
     def __dealloc__(self):
         if self.library != NULL:
             dlclose(self.library)
+        if self.writing_library != NULL:
+            dlclose(self.writing_library)
 
     cdef int set(self, fill_t fill, void *ctx, uint64_t nbytes, owner) except -1:
         if fill == NULL:
@@ -106,6 +110,17 @@ cdef Source native(fill_t fill, void *ctx, uint64_t nbytes, object owner):
     cdef Native source = Native.__new__(Native)
     source.set(fill, ctx, nbytes, owner)
     return source
+
+
+cdef tuple checked(fn):
+    """The address of a C function that has our signature, and the ctx that comes with it."""
+    function, signature, context = look_up(fn)
+    if signature is not None and kinds(signature) != EXPECTED_KINDS:
+        raise SourceError(f"the function is {signature!r}; a page source's is {EXPECTED!r}")
+    if function and not any("x" in vma.permissions for vma in vmas(function, function + 1)):
+        raise SourceError(f"no code at {function:#x}: its library may be unloaded, as cffi does when "
+                          "nothing holds what ffi.dlopen returned")
+    return function, context
 
 
 cdef tuple look_up(fn):

@@ -8,7 +8,7 @@ from userfault._books cimport find_grown
 from userfault._fill cimport NO_SOURCE, TRIES, count_latency, fail, fill, fill_grown, park, wake
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport (
-    HUGE_PAGES, clear_bits, first_missing, is_set, look_ahead, missing_end, resync, served_t,
+    HUGE_PAGES, first_missing, gone, is_set, look_ahead, missing_end, resync, served_t,
 )
 from userfault._space cimport space_t
 from userfault._stage cimport is_prompt
@@ -156,7 +156,7 @@ cdef void recheck(loop_t *loop, const entry_t *entry, served_t *served, uint64_t
     """A page that was there is missing: madvise(MADV_DONTNEED) took it, and maybe its neighbours."""
     cdef uint64_t first = page - page % RECHECK
     if resync(served, loop.worker.space.pagemap, entry.base, max(first, low), min(first + RECHECK, high)) < 0:
-        clear_bits(served.resident, page, page + 1)
+        gone(served, page, page + 1)
 
 
 cdef void take_whole(const entry_t *entry, served_t *served, uint64_t low, uint64_t high, uint64_t *first,

@@ -11,13 +11,21 @@ from libc.stdlib cimport calloc, free
 
 import numpy as np
 
-from userfault._abi cimport and_u64, load_u64, or_u64, pread, store_u64
+from userfault._abi cimport (
+    add_u64, and_u64, fetch_and_u64, fetch_or_u64, load_u64, or_u64, pread, pthread_mutex_lock,
+    pthread_mutex_unlock, store_u64,
+)
+from userfault._budget cimport (
+    ABSENT, BLOCK_PAGES, FRESH, GHOST, KEPT, Budget, block_of, budget_t, entry_of, fifo_t, is_whole,
+    member_of, push,
+)
 from userfault._ioctl cimport PAGE_SIZE
-from userfault._source cimport Source, source_t
+from userfault._source cimport Source, fill_with_constant, source_t
 
 DEF STREAMS = 32
 DEF MOST_AHEAD = 4096    # pages: 16 MiB
 DEF LEAST_AHEAD = 4
+DEF PART_AHEAD = 16      # of a limit, that a stream may be read ahead
 DEF GAP = 64             # pages: what a stream may find filled already, and step over
 DEF STEP = 64            # pages filled at a time where the unit is less
 DEF ENTRIES = 512        # of pagemap, a pread
@@ -26,9 +34,11 @@ LATENCY_BUCKETS = REGION_LATENCIES
 REGION_STATS_DTYPE = np.dtype(
     [(name, "<u8") for name in (
         "records", "duplicates", "runs", "pages", "bytes", "ahead", "moved", "ioctls", "existing",
-        "forgotten", "parked", "failed")]
+        "forgotten", "parked", "failed", "changed", "written", "evicted")]
     + [("latency", "<u8", (REGION_LATENCIES,))])
 assert REGION_STATS_DTYPE.itemsize == sizeof(region_counters_t)
+
+cdef unsigned char zero = 0
 
 cdef extern from *:
     int __builtin_ctzll(unsigned long long) nogil
@@ -58,6 +68,155 @@ cdef void clear_bits(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogi
         and_u64(&bits[first // 64], ~mask(first, end))
         first = (first // 64 + 1) * 64
 
+
+cdef uint64_t n_set(const uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil:
+    """How many of the bits [first, end) are set."""
+    cdef uint64_t n = 0
+    while first < end:
+        n += __builtin_popcountll(load_u64(<uint64_t *>&bits[first // 64]) & mask(first, end))
+        first = (first // 64 + 1) * 64
+    return n
+
+
+cdef bint any_changed(const served_t *served, uint64_t first, uint64_t end) noexcept nogil:
+    """Whether any of the pages [first, end) is there, and changed or just being written back."""
+    cdef const hold_t *hold = served.hold
+    cdef uint64_t found
+    if hold == NULL or hold.changed == NULL:
+        return False
+    while first < end:
+        found = load_u64(&hold.changed[first // 64]) | load_u64(&hold.writing[first // 64])
+        if found & load_u64(&served.resident[first // 64]) & mask(first, end):
+            return True
+        first = (first // 64 + 1) * 64
+    return False
+
+
+# -- what is there ---------------------------------------------------------------------------------------
+
+cdef void there(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
+    """Note that the pages [first, end) are there."""
+    cdef hold_t *hold = served.hold
+    cdef uint64_t block, stop, bits, added
+    if hold == NULL or hold.blocks == NULL:
+        set_bits(served.resident, first, end)
+        return
+    pthread_mutex_lock(&hold.budget.lock)
+    while first < end:
+        block = first // BLOCK_PAGES
+        stop = min((block + 1) * BLOCK_PAGES, end)
+        bits = mask(first, stop)
+        added = __builtin_popcountll(bits & ~fetch_or_u64(&served.resident[first // 64], bits))
+        if added and hold.member >= 0:
+            enqueue(hold, block, added,
+                    served.huge and first % HUGE_PAGES == 0 and end - first >= HUGE_PAGES)
+        first = stop
+    pthread_mutex_unlock(&hold.budget.lock)
+
+
+cdef void gone(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
+    """Note that the pages [first, end) are missing."""
+    cdef hold_t *hold = served.hold
+    if hold == NULL or hold.blocks == NULL:
+        clear_bits(served.resident, first, end)
+        return
+    pthread_mutex_lock(&hold.budget.lock)
+    take_out(served, first, end)
+    pthread_mutex_unlock(&hold.budget.lock)
+
+
+cdef uint64_t take_out(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
+    """As `gone`, of a region with a limit, whose lock is held; how many of them were there."""
+    cdef hold_t *hold = served.hold
+    cdef budget_t *budget = hold.budget
+    cdef uint64_t stop, bits, removed, total = 0
+    cdef unsigned char state
+    while first < end:
+        stop = min((first // BLOCK_PAGES + 1) * BLOCK_PAGES, end)
+        bits = mask(first, stop)
+        removed = __builtin_popcountll(bits & fetch_and_u64(&served.resident[first // 64], ~bits))
+        state = hold.blocks[first // BLOCK_PAGES]
+        if state == FRESH:
+            budget.fresh.pages -= removed
+        elif state == KEPT:
+            budget.kept.pages -= removed
+        total += removed
+        first = stop
+    hold.pages -= total
+    add_u64(&budget.resident, -total)
+    return total
+
+
+cdef void enqueue(hold_t *hold, uint64_t block, uint64_t added, bint whole) noexcept nogil:
+    """So many pages of a block have come. With `whole` it is the first of a huge page that comes."""
+    cdef budget_t *budget = hold.budget
+    cdef fifo_t *queue = &budget.fresh
+    cdef unsigned char state = hold.blocks[block]
+    cdef uint64_t i, n = 1
+    hold.pages += added
+    add_u64(&budget.resident, added)
+    if state == KEPT or state == GHOST:
+        queue = &budget.kept
+    queue.pages += added
+    if state == FRESH or state == KEPT:
+        return
+    if whole:
+        n = HUGE_PAGES // BLOCK_PAGES
+        for i in range(n):
+            if hold.blocks[block + i] == FRESH or hold.blocks[block + i] == KEPT:
+                n = 1
+                break
+    if not push(queue, entry_of(hold.member, block, n > 1)):
+        # Full of blocks that were let go of by others than us.
+        sift(budget, queue, -1)
+        push(queue, entry_of(hold.member, block, n > 1))
+    for i in range(n):
+        hold.blocks[block + i] = FRESH if queue == &budget.fresh else KEPT
+
+
+cdef void sift(budget_t *budget, fifo_t *queue, int member) noexcept nogil:
+    """Take out the blocks of a member, or (-1) those of which nothing is there."""
+    cdef uint64_t at = queue.taken, to = queue.taken, entry, block, n, i, first, pages
+    cdef served_t *served
+    while at != queue.given:
+        entry = queue.entries[at & (queue.room - 1)]
+        served = <served_t *>budget.members[member_of(entry)]
+        block = block_of(entry)
+        n = HUGE_PAGES // BLOCK_PAGES if is_whole(entry) else 1
+        first = block * BLOCK_PAGES
+        pages = n_set(served.resident, first, min(first + n * BLOCK_PAGES, served.n_pages))
+        if (member_of(entry) == member) if member >= 0 else pages == 0:
+            queue.pages -= pages
+            for i in range(n):
+                served.hold.blocks[block + i] = ABSENT
+        else:
+            queue.entries[to & (queue.room - 1)] = entry
+            to += 1
+        at += 1
+    queue.given = to
+
+
+cdef inline void believe(served_t *served, uint64_t word, uint64_t are, uint64_t are_not) noexcept nogil:
+    """Of the 64 pages of a word some are there, and others are not."""
+    cdef uint64_t page, known
+    if served.hold == NULL or served.hold.blocks == NULL:
+        or_u64(&served.resident[word], are)
+        and_u64(&served.resident[word], ~are_not)
+        return
+    known = load_u64(&served.resident[word])
+    are &= ~known
+    are_not &= known
+    while are | are_not:
+        page = 64 * word + __builtin_ctzll(are | are_not)
+        if are >> (page % 64) & 1:
+            there(served, page, page + 1)
+        else:
+            gone(served, page, page + 1)
+        are &= ~(<uint64_t>1 << (page % 64))
+        are_not &= ~(<uint64_t>1 << (page % 64))
+
+
+# -- what is missing -------------------------------------------------------------------------------------
 
 cdef inline uint64_t scan(const served_t *served, uint64_t first, uint64_t end, bint missing) noexcept nogil:
     """The first page of [first, end) that is missing and not coming (or, not `missing`: that is not so)."""
@@ -104,7 +263,7 @@ cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcep
                 first <= stream.end
                 or (first - stream.end <= GAP and scan(served, stream.end, first, True) == first)):
             stream.length += min(first, stream.end) - stream.next + end - first
-            ahead = max(<uint64_t>LEAST_AHEAD, min(stream.length, <uint64_t>MOST_AHEAD))
+            ahead = max(min(<uint64_t>LEAST_AHEAD, served.most_ahead), min(stream.length, served.most_ahead))
             stream.next = end
             stream.end = min(max(stream.end, end + ahead), served.n_pages)
             stream.used = served.tick
@@ -120,7 +279,7 @@ cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcep
 cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, uint64_t end) noexcept nogil:
     """Ask the kernel which of [first, end) are there (proc_pid_pagemap(5)); -1 where it does not tell."""
     cdef uint64_t entries[ENTRIES]
-    cdef uint64_t n, i, there, gone
+    cdef uint64_t n, i, are, are_not
     cdef ssize_t got
     while first < end:
         # Word by word, whole words but for the ends.
@@ -129,17 +288,16 @@ cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, ui
         if got < 8:
             return -1
         n = <uint64_t>got // 8
-        there = gone = 0
+        are = are_not = 0
         for i in range(n):
             # Present, or not present and yet not missing: swapped out, poisoned.
             if entries[i] >> 62:
-                there |= <uint64_t>1 << ((first + i) % 64)
+                are |= <uint64_t>1 << ((first + i) % 64)
             else:
-                gone |= <uint64_t>1 << ((first + i) % 64)
+                are_not |= <uint64_t>1 << ((first + i) % 64)
             if (first + i) % 64 == 63 or i == n - 1:
-                or_u64(&served.resident[(first + i) // 64], there)
-                and_u64(&served.resident[(first + i) // 64], ~gone)
-                there = gone = 0
+                believe(served, (first + i) // 64, are, are_not)
+                are = are_not = 0
         first += n
     return 0
 
@@ -148,16 +306,21 @@ cdef class Served:
     """The state of one served region. The engine's thread and its workers use it without the GIL."""
 
     def __cinit__(self, Source source not None, int64_t region, uint64_t n_pages, uint64_t unit,
-                  int64_t readahead, bint huge):
+                  int64_t readahead, bint huge, uint64_t start=0):
         cdef size_t words = n_pages // 64 + 1
         self.source = source
         self.c.source = source.c
+        self.c.source.start = start
+        self.c.source.size -= start if source.c.size != UINT64_MAX else 0
+        if source.c.direct != NULL:
+            self.c.source.direct += start
         self.c.id = region
         self.c.n_pages = n_pages
         self.c.unit = unit
         self.c.chunk = min(unit, <uint64_t>HUGE_PAGES)
         self.c.granule = HUGE_PAGES if unit >= HUGE_PAGES else max(unit, STEP // unit * unit)
         self.c.readahead = readahead
+        self.c.most_ahead = MOST_AHEAD
         self.c.huge = huge
         self.c.counters = &self.counters
         self.c.original = &self.c
@@ -173,11 +336,70 @@ cdef class Served:
         free(self.c.resident)
         free(self.c.coming)
         free(self.c.streams)
+        free(self.hold.blocks)
+        free(self.hold.changed)
+        free(self.hold.writing)
+
+    def hold_to(self, Budget budget not None, uint64_t base, int fd, bint written, uint64_t first_byte,
+                uint64_t end_byte, double patience, bytes name not None):
+        """Hold it to the budget, before it is attached: memory at `base` that stays there, of `fd`.
+
+        `written`: its write-protect faults are changes, which [first_byte, end_byte) writes back if the
+        source can. `patience`: seconds in which a failing source is asked again. `name`: for stderr.
+        """
+        cdef size_t words = self.c.n_pages // 64 + 1
+        self.name = name
+        self.budget = budget
+        self.hold.name = <const char *>name
+        self.hold.budget = &budget.c
+        self.hold.base = base
+        self.hold.fd = fd
+        self.hold.first_byte = first_byte
+        self.hold.end_byte = end_byte
+        self.hold.patience = <int64_t>(patience * 1e9)
+        if written:
+            self.hold.changed = <uint64_t *>calloc(words, 8)
+            self.hold.writing = <uint64_t *>calloc(words, 8)
+            if not (self.hold.changed and self.hold.writing):
+                raise MemoryError
+            if self.c.source.zero:
+                # ZEROPAGE cannot protect what it fills.
+                self.c.source.zero = False
+                self.c.source.ctx = &zero
+                self.c.source.fill = self.c.source.prompt = fill_with_constant
+        self.c.granule = min(self.c.granule, max(self.c.unit, budget.c.step // self.c.unit * self.c.unit))
+        # What is read ahead must not drive out what is just being used, nor itself.
+        self.c.most_ahead = min(self.c.most_ahead, budget.c.limit // PART_AHEAD)
+        self.c.readahead = min(self.c.readahead, <int64_t>self.c.most_ahead)
+        if budget.c.members != NULL:
+            # Whole huge pages of them.
+            self.hold.blocks = <unsigned char *>calloc(words + HUGE_PAGES, 64 // BLOCK_PAGES)
+            if self.hold.blocks == NULL:
+                raise MemoryError
+        self.hold.member = budget.join(&self.c)
+        self.c.hold = &self.hold
+
+    def leave_budget(self):
+        """Count there no more. The region is detached: nobody fills it."""
+        cdef budget_t *budget = self.hold.budget
+        if self.c.hold == NULL or self.hold.member < 0:
+            return
+        with nogil:
+            pthread_mutex_lock(&budget.lock)
+            sift(budget, &budget.fresh, self.hold.member)
+            sift(budget, &budget.kept, self.hold.member)
+            sift(budget, &budget.ghosts, self.hold.member)
+            add_u64(&budget.resident, -self.hold.pages)
+            budget.members[self.hold.member] = NULL
+            self.hold.member = -1
+            pthread_mutex_unlock(&budget.lock)
 
     @property
     def may_wait(self):
         """Whether filling may have to wait, which the reading thread must not."""
         cdef const source_t *source = &self.c.source
+        if self.c.hold != NULL and self.hold.changed != NULL and source.write != NULL:
+            return True  # to make room for it
         if source.direct != NULL:
             return not source.solid
         return not source.zero and source.prompt != source.fill
@@ -207,6 +429,17 @@ cdef class Served:
         return np.unpackbits(np.frombuffer(view, np.uint8).copy(), count=self.c.n_pages,
                              bitorder="little").view(np.bool_)
 
+    @property
+    def changed(self):
+        """Which pages are there and may differ from the source: bool array, one a page."""
+        cdef size_t n = self.c.n_pages // 64 + 1
+        cdef const unsigned char[::1] view
+        if self.hold.changed == NULL:
+            return np.zeros(self.c.n_pages, np.bool_)
+        view = <const unsigned char[:n * 8]>(<const unsigned char *>self.hold.changed)
+        return np.unpackbits(np.frombuffer(view, np.uint8).copy(), count=self.c.n_pages,
+                             bitorder="little").view(np.bool_) & self.resident
+
     def take_errors(self):
         """Of the last pages that nobody waited for and that could not be had: the errno of the source and
         that of the kernel, 0 for none; forgets them."""
@@ -226,6 +459,15 @@ cdef class Served:
                 coming += __builtin_popcountll(load_u64(&self.c.coming[first // 64]) & bits)
                 first = (first // 64 + 1) * 64
         return there, coming
+
+    def missing(self, const uint64_t[::1] firsts, const uint64_t[::1] ends):
+        """How many of the pages [first, end) of each pair are missing, as far as is known."""
+        cdef uint64_t total = 0
+        cdef Py_ssize_t i
+        with nogil:
+            for i in range(firsts.shape[0]):
+                total += ends[i] - firsts[i] - n_set(self.c.resident, firsts[i], ends[i])
+        return total
 
     def stats(self):
         """The region's counters: a scalar of REGION_STATS_DTYPE."""

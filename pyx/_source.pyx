@@ -12,7 +12,7 @@ from operator import index
 
 import numpy as np
 
-from userfault._abi cimport c_close, load_int, pread, store_int
+from userfault._abi cimport c_close, iovec, load_int, pread, store_int
 
 from userfault.errors import SourceError
 from userfault.procmaps import WATCHED, vmas
@@ -21,11 +21,12 @@ cdef extern from "<endian.h>" nogil:
     uint64_t htole64(uint64_t)
 
 cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
     ssize_t preadv2(int fd, const iovec *parts, int n_parts, long offset, int flags)
     int RWF_NOWAIT
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pwrite(int fd, const void *data, size_t count, long offset)
+    int fdatasync(int fd)
 
 cdef extern from *:
     """
@@ -45,6 +46,17 @@ cdef class Source:
         """Bytes the source has; 2**64 - 1 when it has no end."""
         return self.c.size
 
+    @property
+    def writable(self):
+        """Whether changes can be written back to it."""
+        return self.c.write != NULL
+
+    def __repr__(self):
+        return f"{type(self).__name__}()"
+
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} source is of this process's memory, and cannot be pickled")
+
 
 cdef class Zero(Source):
     """Zeros, without end."""
@@ -52,6 +64,9 @@ cdef class Zero(Source):
     def __cinit__(self):
         self.c.zero = True
         self.c.size = UINT64_MAX
+
+    def __reduce__(self):
+        return Zero, ()
 
 
 cdef int fill_with_constant(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil:
@@ -74,6 +89,12 @@ cdef class Constant(Source):
         self.c.size = UINT64_MAX
         self.c.fill = self.c.prompt = fill_with_constant
         self.c.ctx = &self.value
+
+    def __repr__(self):
+        return f"Constant({self.value})"
+
+    def __reduce__(self):
+        return Constant, (self.value,)
 
 
 cdef int fill_with_pattern(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil:
@@ -98,15 +119,23 @@ cdef class Pattern(Source):
     """
 
     cdef uint64_t base
+    cdef object seed
 
     def __init__(self, seed=0):
         base = (index(seed) + 1) * STEP % 2**64
         if self.c.fill != NULL:
             raise SourceError("a Pattern takes its seed once")
+        self.seed = index(seed)
         self.base = base
         self.c.size = UINT64_MAX
         self.c.fill = self.c.prompt = fill_with_pattern
         self.c.ctx = &self.base
+
+    def __repr__(self):
+        return f"Pattern({self.seed})"
+
+    def __reduce__(self):
+        return Pattern, (self.seed,)
 
     def expected(self, offset, length):
         """What [offset, offset + length) of it reads, in bytes: array of uint8, as numpy computes it."""
@@ -116,10 +145,16 @@ cdef class Pattern(Source):
         return words.astype("<u8").view(np.uint8)[offset % 8:][:length]
 
 
+cdef int write_to_buffer(void *ctx, uint64_t offset, const void *src, size_t length) noexcept nogil:
+    memcpy(<char *>ctx + offset, src, length)
+    return 0
+
+
 cdef class Buffer(Source):
     """The bytes of an object with the buffer protocol, copied straight from its memory.
 
-    The object is held, and cannot be resized, while the source lives. Raises SourceError for memory that
+    The object is held, and cannot be resized, while the source lives; it can be written to unless it is
+    read-only. Raises SourceError for memory that
     is not contiguous, or that is itself registered with a userfaultfd: the engine would wait for a page
     that only the engine can bring.
     """
@@ -147,11 +182,17 @@ cdef class Buffer(Source):
         self.c.solid = reached >= end
         self.c.direct = <const char *>self.view.buf
         self.c.size = self.view.len
+        self.c.ctx = self.view.buf
+        if not self.view.readonly:
+            self.c.write = write_to_buffer
         _live_buffers.add(self)
 
     def __dealloc__(self):
         if self.held:
             PyBuffer_Release(&self.view)
+
+    def __repr__(self):
+        return f"Buffer(<{self.c.size} bytes>)"
 
     def overlaps(self, uint64_t start, uint64_t end):
         """Whether the buffer has bytes in [start, end)."""
@@ -214,24 +255,49 @@ cdef int fill_from_cache(void *ctx, uint64_t offset, void *dst, size_t length) n
     return -EAGAIN
 
 
+cdef int write_to_file(void *ctx, uint64_t offset, const void *src, size_t length) noexcept nogil:
+    cdef file_t *file = <file_t *>ctx
+    cdef ssize_t put
+    while length:
+        put = pwrite(file.fd, src, length, <long>(file.offset + offset))
+        if put < 0:
+            if errno == EINTR:
+                continue
+            return -errno
+        src = <const char *>src + put
+        offset += put
+        length -= put
+    return 0
+
+
+cdef int sync_file(void *ctx) noexcept nogil:
+    while fdatasync((<file_t *>ctx).fd) != 0:
+        if errno != EINTR:
+            return -errno
+    return 0
+
+
 cdef class File(Source):
-    """The bytes of a regular file from `offset` on, read by pread(2).
+    """The bytes of a regular file from `offset` on, read by pread(2), written by pwrite(2) if `writable`.
 
     Its size is taken now; bytes that a truncation takes away later are errors, not zeros. Raises OSError
     when it cannot be opened, SourceError for an offset outside it or anything but a regular file.
     """
 
     cdef file_t file
+    cdef str path
 
     def __cinit__(self):
         self.file.fd = -1
 
-    def __init__(self, path, offset=0):
+    def __init__(self, path, offset=0, *, writable=False):
         offset = index(offset)
         if self.file.fd >= 0:
             raise SourceError("a File is opened once")
         # NONBLOCK: opening a FIFO would wait for its writer. A regular file knows no difference.
-        self.file.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        self.file.fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.path = os.path.abspath(os.fsdecode(path))
         status = os.fstat(self.file.fd)
         if not stat.S_ISREG(status.st_mode):
             raise SourceError(f"{os.fspath(path)!r} is not a regular file: pread needs one")
@@ -242,7 +308,22 @@ cdef class File(Source):
         self.c.fill = fill_from_file
         self.c.prompt = fill_from_cache
         self.c.ctx = &self.file
+        if writable:
+            self.c.write = write_to_file
+            self.c.sync = sync_file
+
+    def __repr__(self):
+        offset = f", {self.file.offset}" if self.file.offset else ""
+        return f"File({self.path!r}{offset}{', writable=True' if self.writable else ''})"
+
+    def __reduce__(self):
+        return reopen_file, (self.path, self.file.offset, self.writable)
 
     def __dealloc__(self):
         if self.file.fd >= 0:
             c_close(self.file.fd)
+
+
+def reopen_file(path, offset, writable):
+    """What a pickled File is made by."""
+    return File(path, offset, writable=writable)

@@ -78,6 +78,7 @@ cdef served_t *copy_served(space_t *space, const served_t *original) noexcept no
     copy.served = original[0]
     copy.served.huge = 0    # nothing can be moved to another process
     copy.served.users = copy.served.scattered = 0
+    copy.served.hold = NULL  # a child's changes are its own
     copy.served.tick = copy.served.skipped = copy.served.source_error = copy.served.kernel_error = 0
     copy.served.streams = <stream_t *>(copy + 1)
     copy.served.resident = <uint64_t *>(<char *>(copy + 1) + streams)

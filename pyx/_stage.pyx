@@ -5,11 +5,11 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from userfault cimport _abi
-from userfault._abi cimport PAGE_IS_HUGE, PAGEMAP_SCAN, ioctl, page_region, pm_scan_arg
+from userfault._abi cimport PAGE_IS_HUGE, PAGEMAP_SCAN, ioctl, iovec, page_region, pm_scan_arg
 from userfault._fill cimport STAGE_BYTES, worker_t
 from userfault._ioctl cimport PAGE_SIZE
 from userfault._served cimport HUGE_PAGES, served_t
-from userfault._source cimport source_t
+from userfault._source cimport fill_t, source_t
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
@@ -22,9 +22,6 @@ cdef extern from "<sys/mman.h>" nogil:
     int MADV_DONTFORK, MADV_HUGEPAGE
 
 cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
     ssize_t process_vm_readv(int pid, const iovec *local, unsigned long n_local, const iovec *remote,
                              unsigned long n_remote, unsigned long flags)
 
@@ -112,13 +109,14 @@ cdef int read_own(void *to, const void *source, size_t length) noexcept nogil:
 cdef int bring(worker_t *worker, const source_t *source, uint64_t offset, uint64_t length,
                bint may_wait) noexcept nogil:
     """The bytes [offset, +length) of the source into the stage. 0, -errno, or -EAGAIN: it would wait."""
+    cdef fill_t fill = source.fill if may_wait else source.prompt
     cdef int result
     if source.direct != NULL:
         if not source.solid:
             return read_own(worker.stage, source.direct + offset, length)
         memcpy(worker.stage, source.direct + offset, length)
         return 0
-    result = (source.fill if may_wait else source.prompt)(source.ctx, offset, worker.stage, length)
+    result = fill(source.ctx, source.start + offset, worker.stage, length)
     if result > 0:
         return -ENODATA  # a short fill
     return result if result > -MOST_ERRNO else -EIO

@@ -1,6 +1,7 @@
 """Linux userfaultfd for Python, at C speed: page faults as numpy records, served without the GIL."""
 
 from userfault import sources
+from userfault._budget import Budget
 from userfault._consts import (
     FORK_DTYPE,
     MSG_DTYPE,
@@ -20,6 +21,7 @@ from userfault.errors import (
     ClosedError,
     EndOfRecordsError,
     ForkedError,
+    LimitError,
     NotRegisteredError,
     OverlapError,
     PageExistsError,
@@ -34,6 +36,7 @@ from userfault.errors import (
     UserfaultError,
 )
 from userfault.flags import Api, Event, Feature, Ioctl, RegisterMode, RfcBit
+from userfault.lazy import LazyArray, lazy_array
 from userfault.negotiation import Capabilities, probe
 from userfault.region import Region
 from userfault.service import Failure, FaultService, Placement
@@ -49,6 +52,7 @@ __all__ = [
     "V1_DTYPE",
     "V2_DTYPE",
     "Api",
+    "Budget",
     "BusyError",
     "Capabilities",
     "ChangingError",
@@ -61,6 +65,8 @@ __all__ = [
     "Feature",
     "ForkedError",
     "Ioctl",
+    "LazyArray",
+    "LimitError",
     "NotRegisteredError",
     "OverlapError",
     "PageExistsError",
@@ -81,6 +87,7 @@ __all__ = [
     "Userfaultfd",
     "as_v2",
     "latency_percentile",
+    "lazy_array",
     "probe",
     "sources",
     "take_children",

@@ -147,6 +147,11 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_lock(pthread_mutex_t *mutex)
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t c_read "read"(int fd, void *data, size_t count)
     ssize_t c_write "write"(int fd, const void *data, size_t count)
@@ -164,6 +169,8 @@ cdef extern from *:
     #define uf_swap_if(p, old, new) __sync_bool_compare_and_swap((p), (old), (new))
     #define uf_or(p, v) __atomic_or_fetch((p), (v), __ATOMIC_SEQ_CST)
     #define uf_and(p, v) __atomic_and_fetch((p), (v), __ATOMIC_SEQ_CST)
+    #define uf_fetch_or(p, v) __atomic_fetch_or((p), (v), __ATOMIC_SEQ_CST)
+    #define uf_fetch_and(p, v) __atomic_fetch_and((p), (v), __ATOMIC_SEQ_CST)
     #define uf_count(p, v) ((void)__atomic_fetch_add((p), (v), __ATOMIC_RELAXED))
     """
     int load_int "uf_load"(int *p) nogil
@@ -177,6 +184,8 @@ cdef extern from *:
     uint64_t add_u64 "uf_add"(uint64_t *p, uint64_t v) nogil
     void or_u64 "uf_or"(uint64_t *p, uint64_t v) nogil
     void and_u64 "uf_and"(uint64_t *p, uint64_t v) nogil
+    uint64_t fetch_or_u64 "uf_fetch_or"(uint64_t *p, uint64_t v) nogil
+    uint64_t fetch_and_u64 "uf_fetch_and"(uint64_t *p, uint64_t v) nogil
     void count "uf_count"(uint64_t *p, uint64_t v) nogil
     void *load_ptr "uf_load"(void **p) nogil
     void store_ptr "uf_store"(void **p, void *v) nogil

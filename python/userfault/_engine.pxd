@@ -1,5 +1,7 @@
+from userfault._abi cimport pthread_mutex_t
 from userfault._ahead cimport loop_t
 from userfault._descriptor cimport Descriptor
+from userfault._fill cimport worker_t
 from userfault._regions cimport RegionTable
 
 
@@ -14,8 +16,10 @@ cdef class Engine:
     cdef readonly bint can_move
     cdef readonly bint hears_forks
     cdef object __weakref__
-    cdef int pid
+    cdef readonly int pid
     cdef loop_t loop
+    cdef worker_t visitor            # of whichever thread has the lock
+    cdef pthread_mutex_t visiting
 
     cdef void finish(self) noexcept
     cdef int let_go(self, kept) except -1

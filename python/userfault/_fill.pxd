@@ -17,6 +17,7 @@ cdef enum:
     NO_SOURCE = 0
     SOURCE = 1
     RESOLVE = 2
+    LIMIT = 3
 
 # Field by field what STATS_DTYPE says. Each thread counts for itself.
 ctypedef struct counters_t:

@@ -1,5 +1,6 @@
 from libc.stdint cimport int64_t, uint64_t
 
+from userfault._budget cimport Budget, budget_t
 from userfault._source cimport Source, source_t
 
 cdef enum:
@@ -28,7 +29,29 @@ ctypedef struct region_counters_t:
     uint64_t forgotten
     uint64_t parked
     uint64_t failed
+    uint64_t changed
+    uint64_t written
+    uint64_t evicted
     uint64_t latency[REGION_LATENCIES]
+
+# What a lazy array has beside. It is never moved, and its memory is this process's.
+ctypedef struct hold_t:
+    budget_t *budget
+    uint64_t pages         # that are there, with a limit
+    int member             # its number there; -1: nothing limits it
+    unsigned char *blocks  # where each block is, with a limit; else NULL
+    uint64_t base          # the address of page 0
+    int fd
+    uint64_t *changed      # a bit a page: it may differ from the source; NULL: nobody writes
+    uint64_t *writing      # a bit a page: it is being written back
+    int users              # who write back now
+    uint64_t first_byte    # of the region, that may be written back
+    uint64_t end_byte
+    int write_error        # errno of the last page that could not be written back; 0
+    int64_t patience       # ns that a page which the source does not give is tried again; 0: it fails at once
+    int64_t retry_at
+    int said               # lines on stderr
+    const char *name
 
 # How one region is served; the payload of its pieces in the table. All counts are pages, from its offset 0.
 cdef struct served_t:
@@ -39,6 +62,7 @@ cdef struct served_t:
     uint64_t chunk         # filled at once for a fault: the unit, or a huge page of it
     uint64_t granule       # a multiple of it, or a part: filled at a time
     int64_t readahead      # past each fault, or ADAPTIVE
+    uint64_t most_ahead    # of a stream
     int huge               # moves of huge pages are worth trying; cleared when the kernel refuses one
     int users              # worker threads that fill from it now
     int ending             # it is let go of: fork children get no copy any more
@@ -52,8 +76,14 @@ cdef struct served_t:
     stream_t *streams
     int n_streams
     uint64_t tick
+    hold_t *hold                 # NULL: no lazy array, or a fork child's copy
     region_counters_t *counters  # shared with the copies for fork children
 
+cdef bint any_changed(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
+cdef uint64_t n_set(const uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
+cdef void there(served_t *served, uint64_t first, uint64_t end) noexcept nogil
+cdef void gone(served_t *served, uint64_t first, uint64_t end) noexcept nogil
+cdef uint64_t take_out(served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef bint is_set(const uint64_t *bits, uint64_t page) noexcept nogil
 cdef void set_bits(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
 cdef void clear_bits(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
@@ -66,4 +96,7 @@ cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, ui
 cdef class Served:
     cdef served_t c
     cdef region_counters_t counters
+    cdef hold_t hold
+    cdef readonly Budget budget
+    cdef bytes name
     cdef readonly Source source

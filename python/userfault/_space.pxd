@@ -18,6 +18,7 @@ cdef struct space_t:
     bint hears_events        # of any kind
     bint hears_moves         # remap and unmap events
     bint hears_unmap
+    bint tracks              # some region's changes are noted; never of a child's
     uint64_t changes         # events that moved or removed mappings
     # Of children:
     int users                # jobs of the crew that are about it

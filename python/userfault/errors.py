@@ -55,6 +55,10 @@ class SourceError(UserfaultError, ValueError):
     """A page source cannot serve here; the text says why and what to use."""
 
 
+class LimitError(UserfaultError, MemoryError):
+    """A memory limit leaves no room; the text names it."""
+
+
 class UnsupportedError(UserfaultError, OSError):
     """The kernel does not have what was asked for; the text lists what it has."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from userfault import _mapping
+from userfault._budget import Budget
 from userfault._consts import PAGE_SIZE
 from userfault._engine import PLACEMENTS, STAGES, Engine
 from userfault._errno import error_for
@@ -28,6 +29,7 @@ from userfault.stats import total
 from userfault.uffd import Userfaultfd
 
 _HUGE = 2 << 20
+_HUGE_IN_LIMIT = 16  # huge pages that a memory limit holds, at the least
 _ADAPTIVE = -1
 _MOST_SHARDS = 64
 _POLL_SECONDS = 0.005
@@ -35,6 +37,7 @@ _RETRY_SECONDS = 0.1
 _STALLED_SECONDS = 10.0
 
 Placement = Literal["spin", "any", "pair"]
+Readahead = int | Literal["adaptive"]
 
 
 class Failure(NamedTuple):
@@ -45,6 +48,23 @@ class Failure(NamedTuple):
     offset: int
     errno: int
     why: str
+
+
+class Hold(NamedTuple):
+    """What a lazy array has beside a region: see `Served.hold_to`."""
+
+    budget: Budget
+    written: bool
+    first_byte: int
+    end_byte: int
+    patience: float
+    name: bytes
+
+    @property
+    def welcomes_huge_pages(self) -> bool:
+        """A huge page comes by a move, which cannot protect it, and goes as a whole."""
+        limit = self.budget.nbytes
+        return not self.written and (limit is None or limit >= _HUGE_IN_LIMIT * _HUGE)
 
 
 class FaultService:
@@ -139,7 +159,7 @@ class FaultService:
         region: Region,
         source: Source,
         *,
-        readahead: int | Literal["adaptive"] = "adaptive",
+        readahead: Readahead = "adaptive",
         page_bytes: int = PAGE_SIZE,
     ) -> None:
         """Fill the region's pages from the source, each when it is first touched.
@@ -156,19 +176,21 @@ class FaultService:
         has pages already, which would keep what they hold; RangeError for another userfaultfd's region;
         ValueError for the other arguments; ClosedError, ForkedError; UffdError when the engine has failed.
         """
+        self._engine_of(region)
+        check_serving(source, readahead, page_bytes)
+        self._attach(region, source, readahead, page_bytes)
+
+    def _attach(
+        self,
+        region: Region,
+        source: Source,
+        readahead: Readahead,
+        page_bytes: int,
+        start: int = 0,
+        hold: Hold | None = None,
+    ) -> Served:
+        """Serve the region from the source's byte `start` on."""
         engine = self._engine_of(region)
-        if not isinstance(source, Source):
-            why = ""
-            if callable(source):
-                why = "Python code needs the GIL, which the thread that touches the page may hold; "
-            raise SourceError(
-                f"{type(source).__name__} is not a page source: {why}"
-                "use one of userfault.sources: Zero, Buffer, File, or Native for a C function"
-            )
-        if index(page_bytes) < 1 or page_bytes % PAGE_SIZE:
-            raise ValueError(f"page_bytes is a multiple of {PAGE_SIZE}, not {page_bytes}")
-        if readahead != "adaptive" and (isinstance(readahead, str) or index(readahead) < 0):
-            raise ValueError(f'readahead is "adaptive" or a number of pages, not {readahead!r}')
         pages = region.length // PAGE_SIZE
         ahead = _ADAPTIVE if readahead == "adaptive" else min(index(readahead), pages)
         unit = min(page_bytes // PAGE_SIZE, pages)
@@ -186,15 +208,19 @@ class FaultService:
                 engine.can_move
                 and region.id not in region._userfaultfd._shared
                 and (ahead == _ADAPTIVE or max(ahead, unit) * PAGE_SIZE >= _HUGE)
+                and (hold is None or hold.welcomes_huge_pages)
                 and _mapping.allow_huge_pages(region.start, region.length)
             )
-            served = Served(source, region.id, pages, unit, ahead, huge)
+            served = Served(source, region.id, pages, unit, ahead, huge, start)
+            if hold is not None:
+                served.hold_to(hold.budget, region.start, region._userfaultfd.fileno(), *hold[1:])
             if served.may_wait:
                 engine.employ(self._workers, self._placement)
             engine.attach(region.start, region.length, served)
             if engine.hears_forks:
                 for piece in region._userfaultfd._children_pieces(region):
                     _mapping.give_to_children(*piece)
+            return served
 
     def materialize(
         self, region: Region, progress: Callable[[int, int], object] | None = None, *, wait: bool = True
@@ -370,6 +396,22 @@ class FaultService:
     def __del__(self) -> None:
         if hasattr(self, "_engines") and not sys.is_finalizing():
             self.close()
+
+
+def check_serving(source: Source, readahead: Readahead, page_bytes: int) -> None:
+    """Refuse what `FaultService.serve` says that it does."""
+    if not isinstance(source, Source):
+        why = ""
+        if callable(source):
+            why = "Python code needs the GIL, which the thread that touches the page may hold; "
+        raise SourceError(
+            f"{type(source).__name__} is not a page source: {why}"
+            "use one of userfault.sources: Zero, Buffer, File, or Native for a C function"
+        )
+    if index(page_bytes) < 1 or page_bytes % PAGE_SIZE:
+        raise ValueError(f"page_bytes is a multiple of {PAGE_SIZE}, not {page_bytes}")
+    if readahead != "adaptive" and (isinstance(readahead, str) or index(readahead) < 0):
+        raise ValueError(f'readahead is "adaptive" or a number of pages, not {readahead!r}')
 
 
 def _check_features(userfaultfd: Userfaultfd, placement: str) -> None:

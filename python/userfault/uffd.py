@@ -126,6 +126,10 @@ class Userfaultfd(Calls):
         """
         mode = RegisterMode(mode)
         self._check_inherit(inherit)
+        self._check_mode(mode)
+        return self._map(length, mode, inherit)
+
+    def _map(self, length: int, mode: RegisterMode, inherit: bool = False) -> Region:
         with self._ours():
             mapping = _mapping.Mapping(length)
             start, length = mapping.start, mapping.length
@@ -169,6 +173,7 @@ class Userfaultfd(Calls):
         """
         mode = RegisterMode(mode)
         self._check_inherit(inherit)
+        self._check_mode(mode)
         view = None
         if isinstance(memory, (int, np.integer)):
             if length is None:
@@ -205,6 +210,12 @@ class Userfaultfd(Calls):
                 "without fork events the children would read zeros: open with Feature.EVENT_FORK, or v2",
             )
 
+    def _check_mode(self, mode: RegisterMode) -> None:
+        if self._service is not None and mode != RegisterMode.MISSING:
+            raise UnsupportedError(
+                errno.EOPNOTSUPP, f"a service serves missing pages only, not {names(mode)}"
+            )
+
     def _share(self, number: int, pieces: list[tuple[int, int]]) -> None:
         """Let fork children have the region."""
         if not self._for_children:
@@ -230,10 +241,6 @@ class Userfaultfd(Calls):
         inherited: list[tuple[int, int]] | None = None,
     ) -> tuple[int, Ioctl]:
         """Of memory of the caller's own, `inherited` are the pieces that fork children get so far."""
-        if self._service is not None and mode != RegisterMode.MISSING:
-            raise UnsupportedError(
-                errno.EOPNOTSUPP, f"a service serves missing pages only, not {names(mode)}"
-            )
         with self._descriptor as fd:
             # First into the table, so that no fault of it can come from an unknown address.
             number = self._add(start, length)

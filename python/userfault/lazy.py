@@ -1,0 +1,346 @@
+"""`lazy_array`: numpy arrays whose pages arrive from a source when they are touched."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import warnings
+from operator import index
+from types import TracebackType
+from typing import Any, Literal, NoReturn, Self, SupportsIndex, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from userfault._budget import Budget
+from userfault._consts import PAGE_SIZE
+from userfault._source import File, Source, Zero
+from userfault.backing import Backing, Progress
+from userfault.errors import ClosedError, SourceError, UnsupportedError
+from userfault.selection import pages_of
+from userfault.service import Placement, Readahead, check_serving
+
+Mode = Literal["r", "c", "r+"]
+_MODES = ("r", "c", "r+")
+_ON_ERROR = ("poison", "retry")
+
+
+class LazyArray(np.ndarray[Any, np.dtype[Any]]):
+    """An ndarray whose pages arrive from a source when they are touched; made by `lazy_array`.
+
+    Its views share its memory and have its methods, as those of numpy.memmap do. What is computed from it,
+    copies and what an array of indices selects are ordinary arrays in memory. The memory lives as long as any
+    view of it, in whichever library.
+    """
+
+    _backing: Backing | None = None
+    __array_priority__ = -100.0  # what it is combined with decides what comes out
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("make a LazyArray with userfault.lazy_array(source, shape, dtype)")
+
+    def __array_finalize__(self, obj: Any) -> None:
+        backing = getattr(obj, "_backing", None)
+        if backing is not None and np.may_share_memory(self, obj):
+            self._backing = backing
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        array = super().__array_wrap__(array, context)
+        if self is array or type(self) is not LazyArray:
+            return array
+        return array[()] if return_scalar else array.view(np.ndarray)
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if type(found) is LazyArray and found._backing is None:
+            return found.view(np.ndarray)
+        return found
+
+    def _lazy(self) -> Backing:
+        if self._backing is None:
+            raise ClosedError("this is an ordinary array in memory: it was copied from a lazy one")
+        return self._backing
+
+    def _span(self) -> slice:
+        """The pages from its first element to its last."""
+        firsts, ends = pages_of(self, self._lazy().start)
+        return slice(int(firsts[0]), int(ends[-1])) if len(firsts) else slice(0, 0)
+
+    @property
+    def resident(self) -> npt.NDArray[np.bool_]:
+        """Which pages are in memory: one bool for each page from the first element's to the last's.
+
+        Raises ClosedError, ForkedError.
+        """
+        return self._lazy().resident[self._span()]
+
+    @property
+    def dirty(self) -> npt.NDArray[np.bool_]:
+        """Which pages were changed since they came or were written back: one bool a page, as in `resident`.
+
+        Raises ClosedError, ForkedError.
+        """
+        return self._lazy().changed[self._span()]
+
+    @property
+    def mode(self) -> str:
+        """ "r", "c" or "r+"."""
+        return self._lazy().mode
+
+    @property
+    def closed(self) -> bool:
+        """Whether the array was closed."""
+        return self._lazy().closed
+
+    def stats(self) -> np.void:
+        """What was counted so far, for the whole array: `FaultService.stats` of a region, and `changed`
+        (first writes to a page), `written` (pages written back) and `evicted` (pages let go of)."""
+        return self._lazy().stats()
+
+    def prefetch(self, key: Any = ..., progress: Progress | bool = False) -> None:
+        """Bring the pages of the elements self[key], in this thread and without the GIL.
+
+        Args:
+            key: what may stand between brackets: slices, integers, arrays of them, masks, tuples of these.
+            progress: called with the bytes that are there and those that were asked for, some 20 times a
+                second; True: a progress bar on stderr (needs the extra `cli`).
+
+        Raises SourceError when the source fails (what it did not give stays missing), LimitError for more
+        than the memory limit, IndexError, ClosedError, ForkedError.
+        """
+        backing = self._lazy()
+        pages = pages_of(self, backing.start, key)
+        if progress is True:
+            with _bar(backing.name) as show:
+                backing.fill(pages, show)
+        else:
+            backing.fill(pages, progress or None)
+
+    def materialize(self, progress: Progress | bool = False) -> None:
+        """Bring everything that is missing of it: `prefetch` of all its elements."""
+        self.prefetch(..., progress)
+
+    def evict(self, key: Any = ...) -> int:
+        """Let go of the pages of the elements self[key], which come again when touched; how many bytes.
+
+        Whole pages go (where it may be mapped huge, whole huge pages), also those that others share. Changed
+        pages are written back first in mode "r+", and stay in mode "c". Raises OSError when the source
+        cannot be written to (those pages stay), IndexError, ClosedError, ForkedError.
+        """
+        backing = self._lazy()
+        return backing.evict(pages_of(self, backing.start, key))
+
+    def flush(self, fsync: bool = True) -> None:
+        """In mode "r+" write back all changes of the whole array, durably unless `fsync` is False.
+
+        What is written to while it runs is written back now or by the next. Raises OSError when the source
+        cannot be written to: those pages stay changed. ClosedError, ForkedError.
+        """
+        self._lazy().flush(fsync)
+
+    def close(self) -> None:
+        """Write changes back (mode "r+"), and serve the array and all its views no more.
+
+        Idempotent. The memory goes with the last view. Until then what is missing of it raises SIGBUS when
+        touched, and what is changed is lost. Does nothing in a fork child. Raises OSError as `flush`: then
+        it is not closed.
+        """
+        self._lazy().close()
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        """ndarray.tofile. Raises UnsupportedError when it would fail with EFAULT: see `lazy_array`."""
+        backing = self._backing
+        if backing is not None and backing.user_mode_only and not self.resident.all():
+            raise UnsupportedError(
+                errno.EFAULT, "system calls cannot read missing pages here: materialize() the array first"
+            )
+        super().tofile(fid, sep, format)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        backing = self._backing
+        if backing is None:
+            return repr(self.view(np.ndarray))
+        closed = ", closed" if backing.closed else ""
+        kind = f"shape={self.shape} dtype={self.dtype} mode={backing.mode!r}"
+        return f"<LazyArray {kind} of {backing.source!r}{closed}>"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """A recipe for opening it anew: what is changed in mode "r+" is written back, in mode "c" refused."""
+        backing = self._backing
+        if backing is None:
+            return super().__reduce_ex__(protocol)
+        backing.flush(True)
+        if backing.mode == "c" and backing.changed.any():
+            raise TypeError("the array has changes that are this process's own: pickle numpy.array(a)")
+        how = {
+            "mode": backing.mode,
+            "page_bytes": backing.page_bytes,
+            "readahead": backing.readahead,
+            "memory_limit": backing.budget.nbytes if backing.budget else None,
+            "on_error": backing.on_error,
+            "placement": backing.placement,
+        }
+        at = self.__array_interface__["data"][0] - backing.start - backing.first_byte
+        place = (backing.offset, backing.nbytes, at, self.shape, self.strides, self.dtype)
+        return _reopen, (backing.source, *place, how)
+
+
+def lazy_array(
+    source: Source | str | os.PathLike[str],
+    shape: SupportsIndex | tuple[SupportsIndex, ...] | None = None,
+    dtype: npt.DTypeLike = np.uint8,
+    order: Literal["C", "F"] = "C",
+    *,
+    mode: Mode = "r",
+    offset: int = 0,
+    page_bytes: int = PAGE_SIZE,
+    readahead: Readahead = "adaptive",
+    memory_limit: int | Budget | None = None,
+    on_error: Literal["poison", "retry"] = "poison",
+    placement: Placement = "spin",
+) -> LazyArray:
+    """An ndarray whose pages arrive from a source when they are touched.
+
+    Args:
+        source: one of `userfault.sources`, or a path: `File(path)`, writable for mode "r+".
+        shape, dtype, order, offset: which bytes of the source it is, as for numpy.memmap; without a shape it
+            has one dimension and all that the source has from `offset` on.
+        mode: "r": read-only. "c": changes are private to this process and lost with the array. "r+": changes
+            are written back by `flush`, by eviction, by `close` and by the last view's end (also at the exit
+            of the interpreter, not at os._exit or a crash).
+        page_bytes, readahead: as for `FaultService.serve`; page_bytes count from the source's first byte.
+        memory_limit: how many bytes of it may be in memory, or a `Budget` that it shares with others.
+            Beyond it the oldest pages go, but for those that come back again and again.
+        on_error: what happens to a page that the source does not give: "poison": touching it raises SIGBUS,
+            and one line on stderr says why. "retry": it is asked for again for 30 s, and poisoned then.
+        placement: as for `FaultService`.
+
+    Where only user-mode faults are delivered (see `userfault doctor`), system calls on missing pages fail
+    with EFAULT ("Bad address"), which a RuntimeWarning says: `prefetch` what they read.
+
+    A fork child does not have the array: touching it raises SIGSEGV there. Raises ValueError for the
+    arguments, SourceError for a source that is too short or cannot be written to, UnsupportedError when the
+    kernel has no write-protect faults for "c" and "r+", UnavailableError without a userfaultfd, OSError for
+    the path.
+    """
+    if mode not in _MODES:
+        raise ValueError(f"mode is one of {', '.join(_MODES)}, not {mode!r}")
+    if on_error not in _ON_ERROR:
+        raise ValueError(f"on_error is one of {', '.join(_ON_ERROR)}, not {on_error!r}")
+    if order not in ("C", "F"):
+        raise ValueError(f'order is "C" or "F", not {order!r}')
+    dtype = np.dtype(dtype)
+    if dtype.hasobject:
+        raise ValueError(f"{dtype} holds Python objects, not bytes")
+    if isinstance(source, (str, os.PathLike)):
+        source = File(source, writable=mode == "r+")
+    check_serving(source, readahead, page_bytes)
+    if mode == "r+" and not source.writable:
+        remedy = "File(path, writable=True)" if isinstance(source, File) else "one that has a write function"
+        raise SourceError(f'{source!r} cannot be written to: mode="r+" needs {remedy}')
+    if not 0 <= index(offset) <= source.nbytes:
+        raise ValueError(f"offset {offset} is outside {source!r} of {source.nbytes} bytes")
+    shape = _shape(source, shape, dtype, offset)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > source.nbytes - offset:
+        raise SourceError(
+            f"{source!r} has {source.nbytes - offset} bytes from {offset} on; "
+            f"shape {shape} of {dtype} needs {nbytes}"
+        )
+    budget = (
+        memory_limit if isinstance(memory_limit, Budget) or memory_limit is None else Budget(memory_limit)
+    )
+    limit = budget.nbytes if budget else None
+    if limit is not None and limit < 16 * page_bytes:
+        raise ValueError(
+            f"a memory_limit is 16 times page_bytes at the least: {16 * page_bytes}, not {limit}"
+        )
+    if nbytes == 0:
+        source, offset = Zero(), 0  # one page that nobody can see
+    name = f"lazy array {dtype} {shape} of {source!r}"
+    backing = Backing(
+        source,
+        offset,
+        max(nbytes, 1),
+        mode=mode if nbytes else "r" if mode == "r" else "c",
+        page_bytes=page_bytes,
+        readahead=readahead,
+        budget=budget,
+        on_error=on_error,
+        placement=placement,
+        name=name,
+    )
+    if backing.user_mode_only:
+        warnings.warn(
+            "system calls on missing pages fail with EFAULT here: prefetch() or materialize() what they "
+            "read, or give access to /dev/userfaultfd",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _array(backing, shape, dtype, offset=backing.first_byte, order=order)
+
+
+def _shape(
+    source: Source, shape: SupportsIndex | tuple[SupportsIndex, ...] | None, dtype: np.dtype[Any], offset: int
+) -> tuple[int, ...]:
+    if shape is None:
+        left = source.nbytes - offset
+        if dtype.itemsize == 0 or left % dtype.itemsize or left > np.iinfo(np.intp).max:
+            raise ValueError(f"{left} bytes of {source!r} are no whole number of {dtype}: give a shape")
+        return (left // dtype.itemsize,)
+    sizes = tuple(map(index, shape if isinstance(shape, tuple | list) else (shape,)))
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"negative dimensions are not allowed: {sizes}")
+    return sizes
+
+
+def _array(backing: Backing, shape: tuple[int, ...], dtype: np.dtype[Any], **layout: Any) -> LazyArray:
+    array: LazyArray = np.ndarray.__new__(cast(Any, LazyArray), shape, dtype, backing.memory, **layout)
+    array._backing = backing
+    return array
+
+
+def _reopen(
+    source: Source,
+    offset: int,
+    nbytes: int,
+    at: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: np.dtype[Any],
+    how: dict[str, Any],
+) -> LazyArray:
+    """What a pickled LazyArray is made by."""
+    whole = lazy_array(source, nbytes, np.uint8, offset=offset, **how)
+    backing = whole._lazy()
+    return _array(backing, shape, dtype, offset=backing.first_byte + at, strides=strides)
+
+
+class _bar:
+    """A progress bar on stderr."""
+
+    def __init__(self, name: str) -> None:
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("progress=True needs rich: pip install 'userfault[cli]'") from None
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task(name, total=None)
+
+    def __enter__(self) -> Progress:
+        self._progress.start()
+        return lambda there, total: self._progress.update(self._task, completed=there, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

@@ -1,0 +1,53 @@
+"""The line on stderr that says why a page of a lazy array cannot be had, before its thread is killed for it.
+
+It is written by the engine's threads, with neither the GIL nor malloc.
+"""
+
+from libc.errno cimport ENOBUFS
+from libc.stdint cimport uint64_t
+from libc.stdio cimport snprintf
+
+import os
+
+from userfault._abi cimport add_int, c_write
+from userfault._served cimport hold_t
+
+DEF ERRNOS = 134    # errnos end at 133 (EHWPOISON)
+DEF MOST_LINES = 20
+DEF LONGEST = 512
+
+cdef list kept = []
+cdef const char *texts[ERRNOS]
+
+
+cdef int fill_in() except -1:
+    cdef bytes text
+    cdef int i
+    for i in range(ERRNOS):
+        text = os.strerror(i).encode()
+        if i == ENOBUFS:
+            text = b"its memory_limit is full of changed pages that have nowhere to go"
+        kept.append(text)
+        texts[i] = <const char *>text
+    return 0
+
+
+fill_in()
+
+
+cdef void say(hold_t *hold, const char *what, uint64_t offset, int error) noexcept nogil:
+    """One line: the array, the offset in it in bytes, what is wrong, and the error."""
+    cdef char line[LONGEST]
+    cdef const char *text = "unknown error"
+    cdef const char *end = ""
+    cdef int n, lines = add_int(&hold.said, 1)
+    if lines > MOST_LINES:
+        return
+    if 0 <= error < ERRNOS:
+        text = texts[error]
+    if lines == MOST_LINES:
+        end = " (no more is said of it)"
+    offset -= min(offset, hold.first_byte)
+    n = snprintf(line, LONGEST, "userfault: %s: byte %llu %s: %s%s\n", hold.name, <unsigned long long>offset,
+                 what, text, end)
+    c_write(2, line, min(n, LONGEST - 1))
