@@ -34,10 +34,10 @@ DEF BATCH = 128              # blocks looked at together
 DEF RUNS = 64                # let go of in one call
 DEF MOST_WRITTEN = 512       # pages, at once
 DEF AT_ONCE = 8192          # pages looked at while the lock is held
-DEF PIDFD_SELF = -20000      # PIDFD_SELF_THREAD_GROUP (Linux 6.14)
+DEF PIDFD_SELF = -10001       # PIDFD_SELF_THREAD_GROUP (Linux 6.15)
 DEF SPARE = 32               # one part of the limit is let go of at a time
 
-# process_madvise(2) takes many runs at once, of ourselves since Linux 6.13.
+# process_madvise(2) takes many runs at once; before Linux 6.15, which does not know us so, they go one by one.
 cdef int takes_many = 1
 
 # What is to be dropped, under the lock of a budget.
@@ -174,6 +174,8 @@ cdef size_t choose(budget_t *budget, uint64_t wanted, uint64_t *entries) noexcep
         if not pop(queue, &entries[n]):
             break
         served = <served_t *>budget.members[member_of(entries[n])]
+        # Whoever leaves the budget waits for us.
+        served.hold.pins += 1
         found += n_set(served.resident, block_of(entries[n]) * BLOCK_PAGES, end_of(served, entries[n]))
         n += 1
     return n
@@ -221,6 +223,7 @@ cdef uint64_t let_go(budget_t *budget, uint64_t *entries, size_t n, bint may_wai
         state = hold.blocks[block]
         queue = &budget.kept if state == KEPT else &budget.fresh
         left = n_set(served.resident, first, end)
+        hold.pins -= 1
         if left and served.source.write != NULL:
             push(queue, entries[i])  # its turn comes again
             continue
@@ -267,7 +270,9 @@ cdef int make_room(budget_t *budget, uint64_t n, bint may_wait) noexcept nogil:
         found = choose(budget, max(taken, min(budget.limit // SPARE, <uint64_t>HUGE_PAGES)), entries)
         if found == 0:
             break
-        freed += let_go(budget, entries, found, may_wait, &error)
+        freed = let_go(budget, entries, found, may_wait, &error)
+        if freed == 0 and error == -EAGAIN and not may_wait:
+            break  # the next are hardly better
         looked += found
     if load_u64(&budget.resident) + n <= budget.limit:
         error = 0
@@ -332,10 +337,10 @@ def evict(Served served not None, const uint64_t[::1] firsts, const uint64_t[::1
     return total, error
 
 
-def flush(Served served not None, uint64_t first, uint64_t end):
-    """Write back the changes of the pages [first, end), but for what others are writing back. 0 or errno."""
+def flush(Served served not None):
+    """Write back all changes, but for what others are writing back. 0 or errno."""
     cdef served_t *c = &served.c
-    cdef uint64_t stop
+    cdef uint64_t first = 0, end = c.n_pages, stop
     cdef int result, worst = 0
     with nogil:
         while first < end:

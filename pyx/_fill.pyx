@@ -199,23 +199,23 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         step = end - first
         while True:
             address = entry.base + first * PAGE_SIZE
-            open = False
             copying = mode
-            if served.hold != NULL and served.hold.changed != NULL:
-                open = lock_changed(served, first, first + step, &step)
-                copying |= 0 if open else _abi.UFFDIO_COPY_MODE_WP
             if not claim(worker, entry, served, address, step * PAGE_SIZE):
                 result = -ENOENT
                 done = 0
             elif source:
+                open = False
+                if served.hold != NULL and served.hold.changed != NULL:
+                    open = lock_changed(served, first, first + step, &step)
+                    copying |= 0 if open else _abi.UFFDIO_COPY_MODE_WP
                 result = uffd_copy(worker.space.fd, address, origin + first * PAGE_SIZE, step * PAGE_SIZE,
                                    copying, &done)
+                if open:
+                    pthread_mutex_unlock(&served.hold.budget.lock)
                 disclaim(worker)
             else:
                 result = uffd_zeropage(worker.space.fd, address, step * PAGE_SIZE, mode, &done)
                 disclaim(worker)
-            if open:
-                pthread_mutex_unlock(&served.hold.budget.lock)
             worker.counters.ioctls += 1
             count(&served.counters.ioctls, 1)
             done //= PAGE_SIZE

@@ -9,6 +9,8 @@ wrongly set keeps read-ahead away from a page, whose own fault is served all the
 from libc.stdint cimport UINT64_MAX, uint64_t
 from libc.stdlib cimport calloc, free
 
+import time
+
 import numpy as np
 
 from userfault._abi cimport (
@@ -302,6 +304,15 @@ cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, ui
     return 0
 
 
+cdef object unpacked(const uint64_t *bits, uint64_t first, uint64_t end):
+    """The bits [first, end) as a bool array."""
+    cdef uint64_t word = first // 64
+    cdef size_t n = (end - 64 * word + 63) // 64 + 1
+    cdef const unsigned char[::1] view = <const unsigned char[:n * 8]>(<const unsigned char *>(bits + word))
+    return np.unpackbits(np.frombuffer(view[:(n - 1) * 8], np.uint8).copy(), count=end - 64 * word,
+                         bitorder="little").view(np.bool_)[first - 64 * word:]
+
+
 cdef class Served:
     """The state of one served region. The engine's thread and its workers use it without the GIL."""
 
@@ -384,15 +395,19 @@ cdef class Served:
         cdef budget_t *budget = self.hold.budget
         if self.c.hold == NULL or self.hold.member < 0:
             return
-        with nogil:
-            pthread_mutex_lock(&budget.lock)
-            sift(budget, &budget.fresh, self.hold.member)
-            sift(budget, &budget.kept, self.hold.member)
-            sift(budget, &budget.ghosts, self.hold.member)
-            add_u64(&budget.resident, -self.hold.pages)
-            budget.members[self.hold.member] = NULL
-            self.hold.member = -1
-            pthread_mutex_unlock(&budget.lock)
+        while self.hold.member >= 0:
+            with nogil:
+                pthread_mutex_lock(&budget.lock)
+                sift(budget, &budget.fresh, self.hold.member)
+                sift(budget, &budget.kept, self.hold.member)
+                sift(budget, &budget.ghosts, self.hold.member)
+                if self.hold.pins == 0:
+                    add_u64(&budget.resident, -self.hold.pages)
+                    budget.members[self.hold.member] = NULL
+                    self.hold.member = -1
+                pthread_mutex_unlock(&budget.lock)
+            if self.hold.member >= 0:
+                time.sleep(20e-6)  # somebody who makes room for others writes back what is changed of it
 
     @property
     def may_wait(self):
@@ -423,22 +438,17 @@ cdef class Served:
     @property
     def resident(self):
         """Which pages are there, as far as is known: bool array, one a page."""
-        cdef size_t n = self.c.n_pages // 64 + 1
-        cdef const unsigned char[::1] view = <const unsigned char[:n * 8]>(
-            <const unsigned char *>self.c.resident)
-        return np.unpackbits(np.frombuffer(view, np.uint8).copy(), count=self.c.n_pages,
-                             bitorder="little").view(np.bool_)
+        return unpacked(self.c.resident, 0, self.c.n_pages)
 
-    @property
-    def changed(self):
-        """Which pages are there and may differ from the source: bool array, one a page."""
-        cdef size_t n = self.c.n_pages // 64 + 1
-        cdef const unsigned char[::1] view
+    def resident_of(self, uint64_t first, uint64_t end):
+        """Which of the pages [first, end) are there, as far as is known: bool array."""
+        return unpacked(self.c.resident, first, end)
+
+    def changed_of(self, uint64_t first, uint64_t end):
+        """Which of the pages [first, end) are there and may differ from the source: bool array."""
         if self.hold.changed == NULL:
-            return np.zeros(self.c.n_pages, np.bool_)
-        view = <const unsigned char[:n * 8]>(<const unsigned char *>self.hold.changed)
-        return np.unpackbits(np.frombuffer(view, np.uint8).copy(), count=self.c.n_pages,
-                             bitorder="little").view(np.bool_) & self.resident
+            return np.zeros(end - first, np.bool_)
+        return unpacked(self.hold.changed, first, end) & unpacked(self.c.resident, first, end)
 
     def take_errors(self):
         """Of the last pages that nobody waited for and that could not be had: the errno of the source and

@@ -15,13 +15,16 @@ import pytest
 
 import userfault._ahead
 import userfault._books
+import userfault._budget
 import userfault._crew
 import userfault._errno
+import userfault._evict
 import userfault._fill
 import userfault._follow
 import userfault._ioctl
 import userfault._lease
 import userfault._loop
+import userfault._say
 import userfault._serve
 import userfault._served
 import userfault._slab
@@ -48,7 +51,11 @@ MODULES = {
         "is_set",
         "set_bits",
         "clear_bits",
+        *("n_set", "any_changed", "there", "gone", "take_out"),
     ),
+    userfault._budget: ("entry_of", "member_of", "block_of", "is_whole", "push", "pop"),
+    userfault._evict: ("make_room", "change"),
+    userfault._say: ("say",),
     userfault._lease: ("lease_saw", "lease_saw_many", "lease_held", "lease_expire", "lease_end"),
     userfault._tree: (
         *("enter", "leave", "find", "before", "empty"),
@@ -69,12 +76,26 @@ MODULES = {
         "fill_from_cache",
         "fill_with_constant",
         "fill_with_pattern",
+        *("write_to_buffer", "write_to_file", "sync_file"),
     ),
 }
 # What the threads may call of libc: system calls, memory, locks, and numbers as text for /proc. No malloc.
 ALLOWED = {
     *("epoll_create1", "epoll_ctl", "epoll_wait", "getrlimit", "setrlimit"),
-    *("read", "write", "ioctl", "ppoll", "pread", "preadv64v2", "open", "close", "madvise", "mincore"),
+    *(
+        "read",
+        "write",
+        "ioctl",
+        "ppoll",
+        "pread",
+        "preadv64v2",
+        "pwrite",
+        "fdatasync",
+        "open",
+        "close",
+        "madvise",
+        "mincore",
+    ),
     *(
         "mmap",
         "munmap",

@@ -45,6 +45,7 @@ ctypedef struct hold_t:
     uint64_t *changed      # a bit a page: it may differ from the source; NULL: nobody writes
     uint64_t *writing      # a bit a page: it is being written back
     int users              # who write back now
+    int pins               # blocks of it that are out of their queue, to be let go of; under the lock
     uint64_t first_byte    # of the region, that may be written back
     uint64_t end_byte
     int write_error        # errno of the last page that could not be written back; 0

@@ -37,14 +37,14 @@ _HUGE_PAGES = 512
 
 Progress = Callable[[int, int], object]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may open an array too
 _services: dict[str, FaultService] = {}
 
 
 def _start_anew() -> None:
     """In a fork child: the parent's services serve it nothing, and its lock may be held for ever."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _services.clear()
 
 
@@ -166,17 +166,17 @@ class Backing:
         if self.closed:
             raise ClosedError("the array is closed")
 
-    @property
-    def resident(self) -> npt.NDArray[np.bool_]:
-        """Which pages are there: one bool a page."""
+    def resident(self, first: int, end: int) -> npt.NDArray[np.bool_]:
+        """Which of the pages [first, end) are there: asks the kernel."""
         self.check()
-        return self._service.resident(self._region)
+        pagemap = self._service._engine_of(self._region).pagemap
+        self._served.resync(pagemap, self.start, first, end)
+        return self._served.resident_of(first, end)
 
-    @property
-    def changed(self) -> npt.NDArray[np.bool_]:
-        """Which pages may differ from the source: one bool a page."""
+    def changed(self, first: int, end: int) -> npt.NDArray[np.bool_]:
+        """Which of the pages [first, end) may differ from the source."""
         self.check()
-        return self._served.changed
+        return self._served.changed_of(first, end)
 
     def stats(self) -> np.void:
         """The region's counters."""
@@ -274,12 +274,11 @@ class Backing:
 def _write_back(served: Served, flushing: threading.Lock, fsync: bool) -> int:
     """0 or errno."""
     with flushing:
-        n_pages = len(served.changed)
-        error = _evict.flush(served, 0, n_pages)
+        error = _evict.flush(served)
         while not error and _evict.is_writing(served):
             # Evictions: should one fail, its pages are changed again.
             time.sleep(_POLL_SECONDS)
-            error = _evict.flush(served, 0, n_pages)
+            error = _evict.flush(served)
         return error or (_evict.sync(served) if fsync else 0)
 
 

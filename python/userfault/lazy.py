@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, Self, SupportsIndex, cast
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.array_utils import byte_bounds
 
 from userfault._budget import Budget
 from userfault._consts import PAGE_SIZE
@@ -62,10 +63,12 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
             raise ClosedError("this is an ordinary array in memory: it was copied from a lazy one")
         return self._backing
 
-    def _span(self) -> slice:
-        """The pages from its first element to its last."""
-        firsts, ends = pages_of(self, self._lazy().start)
-        return slice(int(firsts[0]), int(ends[-1])) if len(firsts) else slice(0, 0)
+    def _span(self) -> tuple[int, int]:
+        """The pages from its first element's to its last's."""
+        low, high = byte_bounds(self)
+        start = self._lazy().start
+        first = (low - start) // PAGE_SIZE
+        return first, -(-(high - start) // PAGE_SIZE) if self.nbytes else first
 
     @property
     def resident(self) -> npt.NDArray[np.bool_]:
@@ -73,7 +76,7 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
 
         Raises ClosedError, ForkedError.
         """
-        return self._lazy().resident[self._span()]
+        return self._lazy().resident(*self._span())
 
     @property
     def dirty(self) -> npt.NDArray[np.bool_]:
@@ -81,7 +84,7 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
 
         Raises ClosedError, ForkedError.
         """
-        return self._lazy().changed[self._span()]
+        return self._lazy().changed(*self._span())
 
     @property
     def mode(self) -> str:
@@ -179,7 +182,7 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
         if backing is None:
             return super().__reduce_ex__(protocol)
         backing.flush(True)
-        if backing.mode == "c" and backing.changed.any():
+        if backing.mode == "c" and backing.changed(0, backing.n_pages).any():
             raise TypeError("the array has changes that are this process's own: pickle numpy.array(a)")
         how = {
             "mode": backing.mode,
