@@ -141,7 +141,7 @@ cdef class Engine:
         loop.worker.desk = &loop.desk
         loop.worker.space = self.visitor.space = &loop.own
         self.visitor.desk = &loop.desk
-        self.visitor.guarded = True
+        self.visitor.guarded = self.visitor.visits = True
         pthread_mutex_init(&self.visiting, NULL)
         loop.may_spin = len(os.sched_getaffinity(0)) > 1
         pthread_mutex_init(&loop.desk.lock, NULL)

@@ -37,7 +37,7 @@ DEF AT_ONCE = 8192          # pages looked at while the lock is held
 DEF PIDFD_SELF = -10001       # PIDFD_SELF_THREAD_GROUP (Linux 6.15)
 DEF SPARE = 32               # one part of the limit is let go of at a time
 
-# process_madvise(2) takes many runs at once; before Linux 6.15, which does not know us so, they go one by one.
+# process_madvise(2) takes many runs at once; before Linux 6.15, which cannot name us so, they go one by one.
 cdef int takes_many = 1
 
 # What is to be dropped, under the lock of a budget.
@@ -158,18 +158,20 @@ cdef inline uint64_t end_of(const served_t *served, uint64_t entry) noexcept nog
     return min(block_of(entry) * BLOCK_PAGES + n, served.n_pages)
 
 
-cdef size_t choose(budget_t *budget, uint64_t wanted, uint64_t *entries) noexcept nogil:
+cdef size_t choose(budget_t *budget, uint64_t wanted, bint asked, uint64_t *entries) noexcept nogil:
     """Take the oldest blocks out of their queues, until so many pages of them are there; how many blocks.
 
-    What came once has a quarter of the limit at the least, and all that the other does not need."""
+    Of what came once, until what is kept fills three quarters. What is asked for is kept: for that, what came
+    once goes altogether."""
     cdef size_t n = 0
     cdef uint64_t found = 0
     cdef fifo_t *queue
     cdef served_t *served
+    cdef bint enough
     while n < BATCH and found < wanted:
         queue = &budget.fresh
-        if (queue.pages < budget.limit // 4 or queue.given == queue.taken) and (
-                budget.kept.given != budget.kept.taken):
+        enough = budget.kept.given != budget.kept.taken and budget.kept.pages > budget.limit // 4 * 3
+        if queue.given == queue.taken or (enough and not asked):
             queue = &budget.kept
         if not pop(queue, &entries[n]):
             break
@@ -250,7 +252,7 @@ cdef inline void forget_ghost(budget_t *budget, uint64_t entry) noexcept nogil:
             served.hold.blocks[block + i] = ABSENT
 
 
-cdef int make_room(budget_t *budget, uint64_t n, bint may_wait) noexcept nogil:
+cdef int make_room(budget_t *budget, uint64_t n, bint may_wait, bint asked) noexcept nogil:
     """Let go of what is oldest until n pages may come.
 
     0; -EAGAIN: changed pages have to be written back first, which may wait, or are just being; -ENOBUFS, or
@@ -267,7 +269,8 @@ cdef int make_room(budget_t *budget, uint64_t n, bint may_wait) noexcept nogil:
     most = 2 * (budget.fresh.given - budget.fresh.taken + budget.kept.given - budget.kept.taken)
     while load_u64(&budget.resident) + n > budget.limit and looked <= most:
         taken = load_u64(&budget.resident) + n - budget.limit
-        found = choose(budget, max(taken, min(budget.limit // SPARE, <uint64_t>HUGE_PAGES)), entries)
+        taken = max(taken, min(budget.limit // SPARE, <uint64_t>HUGE_PAGES))
+        found = choose(budget, taken, asked, entries)
         if found == 0:
             break
         freed = let_go(budget, entries, found, may_wait, &error)

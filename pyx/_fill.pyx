@@ -94,7 +94,7 @@ cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uin
         n = end - first
         if served.hold != NULL:
             n = min(n, served.hold.budget.step)
-            result = make_room(served.hold.budget, n, may_wait)
+            result = make_room(served.hold.budget, n, may_wait, worker.visits)
             if result == -EAGAIN and not may_wait:
                 return first
             if result != 0:
@@ -247,7 +247,7 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
             return
         if decision == NEXT:
             # Somebody else brought the page: its faulting thread may still sleep.
-            there(served, first, first + 1)
+            there(served, first, first + 1, worker.visits)
             uffd_wake(worker.space.fd, address, PAGE_SIZE)
             worker.counters.ioctls += 1
             count(&served.counters.ioctls, 1)
@@ -307,7 +307,7 @@ cdef inline void came(worker_t *worker, served_t *served, uint64_t first, uint64
     cdef uint64_t wanted = 0
     if n == 0:
         return
-    there(served, first, first + n)
+    there(served, first, first + n, worker.visits)
     if want < want_end and want < first + n and first < want_end:
         wanted = min(first + n, want_end) - max(first, want)
     worker.counters.pages += n
@@ -372,7 +372,7 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
     if served != NULL:
         # Not missing any more; read-ahead has no business there.
         done = (page - entry.base) // PAGE_SIZE
-        there(served, done, done + 1)
+        there(served, done, done + 1, False)
         if served.hold != NULL:
             say(served.hold, "cannot be had, and touching it raises SIGBUS", done * PAGE_SIZE, error)
     if desk.can_poison:

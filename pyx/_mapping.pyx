@@ -23,6 +23,16 @@ cdef extern from "<sys/mman.h>" nogil:
     int MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
     int MADV_DONTFORK, MADV_DOFORK, MADV_HUGEPAGE, MADV_NOHUGEPAGE
 
+cdef extern from *:
+    """
+    #if PY_VERSION_HEX >= 0x030D0000
+    #define uf_is_finalizing Py_IsFinalizing
+    #else
+    #define uf_is_finalizing _Py_IsFinalizing
+    #endif
+    """
+    bint is_finalizing "uf_is_finalizing"()
+
 cdef uint64_t HUGE = 2 << 20
 
 
@@ -76,7 +86,8 @@ cdef class Mapping:
         cdef entry_t piece
         cdef uint64_t at = self.start, end = self.start + self.length, taken
         cdef size_t found = 1
-        if self.start == 0:
+        if self.start == 0 or is_finalizing():
+            # A process that ends: threads that are no Python threads may still be at it.
             return
         # A fork child leaves the memory, if it has it, to its end: there may be other memory at the address.
         if getpid() == self.pid:

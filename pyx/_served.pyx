@@ -96,8 +96,8 @@ cdef bint any_changed(const served_t *served, uint64_t first, uint64_t end) noex
 
 # -- what is there ---------------------------------------------------------------------------------------
 
-cdef void there(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
-    """Note that the pages [first, end) are there."""
+cdef void there(served_t *served, uint64_t first, uint64_t end, bint asked) noexcept nogil:
+    """Note that the pages [first, end) are there; `asked`: somebody has said that they will be used."""
     cdef hold_t *hold = served.hold
     cdef uint64_t block, stop, bits, added
     if hold == NULL or hold.blocks == NULL:
@@ -110,7 +110,7 @@ cdef void there(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
         bits = mask(first, stop)
         added = __builtin_popcountll(bits & ~fetch_or_u64(&served.resident[first // 64], bits))
         if added and hold.member >= 0:
-            enqueue(hold, block, added,
+            enqueue(hold, block, added, asked,
                     served.huge and first % HUGE_PAGES == 0 and end - first >= HUGE_PAGES)
         first = stop
     pthread_mutex_unlock(&hold.budget.lock)
@@ -149,7 +149,7 @@ cdef uint64_t take_out(served_t *served, uint64_t first, uint64_t end) noexcept 
     return total
 
 
-cdef void enqueue(hold_t *hold, uint64_t block, uint64_t added, bint whole) noexcept nogil:
+cdef void enqueue(hold_t *hold, uint64_t block, uint64_t added, bint asked, bint whole) noexcept nogil:
     """So many pages of a block have come. With `whole` it is the first of a huge page that comes."""
     cdef budget_t *budget = hold.budget
     cdef fifo_t *queue = &budget.fresh
@@ -157,7 +157,7 @@ cdef void enqueue(hold_t *hold, uint64_t block, uint64_t added, bint whole) noex
     cdef uint64_t i, n = 1
     hold.pages += added
     add_u64(&budget.resident, added)
-    if state == KEPT or state == GHOST:
+    if state == KEPT or state == GHOST or (asked and state == ABSENT):
         queue = &budget.kept
     queue.pages += added
     if state == FRESH or state == KEPT:
@@ -211,7 +211,7 @@ cdef inline void believe(served_t *served, uint64_t word, uint64_t are, uint64_t
     while are | are_not:
         page = 64 * word + __builtin_ctzll(are | are_not)
         if are >> (page % 64) & 1:
-            there(served, page, page + 1)
+            there(served, page, page + 1, False)
         else:
             gone(served, page, page + 1)
         are &= ~(<uint64_t>1 << (page % 64))
@@ -304,6 +304,22 @@ cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, ui
     return 0
 
 
+cdef bint leave_budget(hold_t *hold) noexcept nogil:
+    """Count there no more; False: not yet, somebody is just letting go of some of it."""
+    cdef budget_t *budget = hold.budget
+    pthread_mutex_lock(&budget.lock)
+    if hold.member >= 0:
+        sift(budget, &budget.fresh, hold.member)
+        sift(budget, &budget.kept, hold.member)
+        sift(budget, &budget.ghosts, hold.member)
+        if hold.pins == 0:
+            add_u64(&budget.resident, -hold.pages)
+            budget.members[hold.member] = NULL
+            hold.member = -1
+    pthread_mutex_unlock(&budget.lock)
+    return hold.member < 0
+
+
 cdef object unpacked(const uint64_t *bits, uint64_t first, uint64_t end):
     """The bits [first, end) as a bool array."""
     cdef uint64_t word = first // 64
@@ -344,6 +360,8 @@ cdef class Served:
             raise MemoryError
 
     def __dealloc__(self):
+        if self.hold.member >= 0 and self.c.hold != NULL:
+            leave_budget(&self.hold)  # it was never attached
         free(self.c.resident)
         free(self.c.coming)
         free(self.c.streams)
@@ -392,22 +410,8 @@ cdef class Served:
 
     def leave_budget(self):
         """Count there no more. The region is detached: nobody fills it."""
-        cdef budget_t *budget = self.hold.budget
-        if self.c.hold == NULL or self.hold.member < 0:
-            return
-        while self.hold.member >= 0:
-            with nogil:
-                pthread_mutex_lock(&budget.lock)
-                sift(budget, &budget.fresh, self.hold.member)
-                sift(budget, &budget.kept, self.hold.member)
-                sift(budget, &budget.ghosts, self.hold.member)
-                if self.hold.pins == 0:
-                    add_u64(&budget.resident, -self.hold.pages)
-                    budget.members[self.hold.member] = NULL
-                    self.hold.member = -1
-                pthread_mutex_unlock(&budget.lock)
-            if self.hold.member >= 0:
-                time.sleep(20e-6)  # somebody who makes room for others writes back what is changed of it
+        while self.c.hold != NULL and not leave_budget(&self.hold):
+            time.sleep(20e-6)  # somebody who makes room for others writes back what is changed of it
 
     @property
     def may_wait(self):

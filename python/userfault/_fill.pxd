@@ -77,6 +77,7 @@ ctypedef struct worker_t:
     desk_t *desk
     space_t *space        # the memory that is being filled
     bint guarded          # others read the events that change its layout
+    bint visits           # it is a thread of the program's, that asks for pages ahead of need
     counters_t counters
     int64_t since         # when the faults at hand were read
     int tries             # times that the end of an event is waited for, awake, until faults are parked

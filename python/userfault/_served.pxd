@@ -82,7 +82,7 @@ cdef struct served_t:
 
 cdef bint any_changed(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t n_set(const uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
-cdef void there(served_t *served, uint64_t first, uint64_t end) noexcept nogil
+cdef void there(served_t *served, uint64_t first, uint64_t end, bint asked) noexcept nogil
 cdef void gone(served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t take_out(served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef bint is_set(const uint64_t *bits, uint64_t page) noexcept nogil
