@@ -374,7 +374,7 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
         done = (page - entry.base) // PAGE_SIZE
         there(served, done, done + 1, False)
         if served.hold != NULL:
-            say(served.hold, "cannot be had, and touching it raises SIGBUS", done * PAGE_SIZE, error)
+            say(served.hold, "cannot be had", done * PAGE_SIZE, error)
     if desk.can_poison:
         result = -ENOENT
         if claim(worker, entry, served, page, PAGE_SIZE):
