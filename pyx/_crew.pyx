@@ -12,9 +12,10 @@ from libc.stdlib cimport calloc, free
 from userfault._abi cimport (
     add_int, c_write, load_u64, now, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, swap_int_if,
 )
+from userfault._bits cimport clear_bits, set_bits
 from userfault._fill cimport TRIES, count_latency, desk_t, fill, wake, worker_t
 from userfault._ioctl cimport PAGE_SIZE
-from userfault._served cimport clear_bits, served_t, set_bits
+from userfault._served cimport served_t
 from userfault._space cimport space_t
 from userfault._stage cimport free_stage, new_stage
 from userfault._tree cimport enter, entry_t, find, leave, next_entry

@@ -13,13 +13,13 @@ from userfault._abi cimport (
     UFFDIO_WRITEPROTECT_MODE_WP, add_int, count, iovec, load_int, load_u64, pthread_mutex_lock,
     pthread_mutex_unlock, store_int,
 )
+from userfault._bits cimport clear_bits, n_set, set_bits
 from userfault._budget cimport (
     ABSENT, BLOCK_PAGES, GHOST, KEPT, block_of, budget_t, fifo_t, is_whole, member_of, pop, push,
 )
+from userfault._hold cimport any_changed, take_out
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
-from userfault._served cimport (
-    HUGE_PAGES, Served, any_changed, clear_bits, hold_t, n_set, served_t, set_bits, take_out,
-)
+from userfault._served cimport HUGE_PAGES, Served, hold_t, served_t
 from userfault._say cimport say
 
 cdef extern from "<sys/mman.h>" nogil:

@@ -12,13 +12,15 @@ from libc.string cimport memset
 
 from userfault cimport _abi
 from userfault._abi cimport count, now, pthread_mutex_lock, pthread_mutex_unlock, store_int, store_u64
+from userfault._bits cimport is_set
 from userfault._errno cimport FORGET, NEXT, PARK, POISON, RETRY, STOP, decide
+from userfault._hold cimport there
 from userfault._ioctl cimport (
     PAGE_SIZE, uffd_copy, uffd_move, uffd_poison, uffd_wake, uffd_writeprotect, uffd_zeropage,
 )
 from userfault._evict cimport make_room
 from userfault._say cimport say
-from userfault._served cimport HUGE_PAGES, REGION_LATENCIES, hold_t, is_set, served_t, there
+from userfault._served cimport HUGE_PAGES, REGION_LATENCIES, hold_t, served_t
 from userfault._source cimport source_t
 from userfault._stage cimport bring, stage_is_huge
 from userfault._tree cimport enter, entry_t, find, leave

@@ -15,8 +15,9 @@ from userfault._abi cimport (
 )
 from userfault._ahead cimport CAPACITY, loop_t
 from userfault._books cimport FORK, REMAP, UNKNOWN, UNMAP, decode_event, event_t, keep_books, poison_missing
+from userfault._hold cimport gone
 from userfault._ioctl cimport PAGE_SIZE
-from userfault._served cimport gone, served_t
+from userfault._served cimport served_t
 from userfault._space cimport free_space, has_ended, new_space, space_t
 from userfault._tree cimport entry_t, next_entry
 

@@ -16,13 +16,14 @@ from userfault._abi cimport (
 from userfault._ahead cimport (
     CAPACITY, GONE, KEEPER, PAIR, SPIN, UNKNOWNS, advance, loop_t, take_orders,
 )
+from userfault._bits cimport set_bits
 from userfault._evict cimport change
 from userfault._fill cimport park, parked_t, wake
 from userfault._follow cimport ask, epoll_event, find_room, hear
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
 from userfault._lease cimport lease_end, lease_expire, lease_held, lease_saw, lease_saw_many
 from userfault._serve cimport serve
-from userfault._served cimport served_t, set_bits
+from userfault._served cimport served_t
 from userfault._space cimport space_t
 from userfault._tree cimport empty, enter, entry_t, find, leave
 

@@ -4,12 +4,12 @@ from libc.stdint cimport int64_t, uint64_t
 
 from userfault._abi cimport UFFDIO_MODE_DONTWAKE, add_u64, count, now
 from userfault._ahead cimport MOST_DUE, give, loop_t, set_goal
+from userfault._bits cimport is_set
 from userfault._books cimport find_grown
 from userfault._fill cimport NO_SOURCE, TRIES, count_latency, fail, fill, fill_grown, park, wake
+from userfault._hold cimport gone
 from userfault._ioctl cimport PAGE_SIZE
-from userfault._served cimport (
-    HUGE_PAGES, first_missing, gone, is_set, look_ahead, missing_end, resync, served_t,
-)
+from userfault._served cimport HUGE_PAGES, first_missing, look_ahead, missing_end, resync, served_t
 from userfault._space cimport space_t
 from userfault._stage cimport is_prompt
 from userfault._tree cimport enter, entry_t, find, leave

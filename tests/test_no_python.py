@@ -21,6 +21,7 @@ import userfault._errno
 import userfault._evict
 import userfault._fill
 import userfault._follow
+import userfault._hold
 import userfault._ioctl
 import userfault._lease
 import userfault._loop
@@ -43,16 +44,8 @@ MODULES = {
     userfault._ahead: ("give", "set_goal", "take_orders", "advance"),
     userfault._fill: ("fill", "fail", "wake", "park", "count_latency", "fill_grown"),
     userfault._crew: ("hand", "run"),
-    userfault._served: (
-        "look_ahead",
-        "resync",
-        "first_missing",
-        "missing_end",
-        "is_set",
-        "set_bits",
-        "clear_bits",
-        *("n_set", "any_changed", "there", "gone", "take_out"),
-    ),
+    userfault._served: ("look_ahead", "resync", "first_missing", "missing_end"),
+    userfault._hold: ("any_changed", "there", "gone", "take_out", "believe", "leave_budget"),
     userfault._budget: ("entry_of", "member_of", "block_of", "is_whole", "push", "pop"),
     userfault._evict: ("make_room", "change"),
     userfault._say: ("say",),

@@ -80,14 +80,6 @@ cdef struct served_t:
     hold_t *hold                 # NULL: no lazy array, or a fork child's copy
     region_counters_t *counters  # shared with the copies for fork children
 
-cdef bint any_changed(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
-cdef uint64_t n_set(const uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
-cdef void there(served_t *served, uint64_t first, uint64_t end, bint asked) noexcept nogil
-cdef void gone(served_t *served, uint64_t first, uint64_t end) noexcept nogil
-cdef uint64_t take_out(served_t *served, uint64_t first, uint64_t end) noexcept nogil
-cdef bint is_set(const uint64_t *bits, uint64_t page) noexcept nogil
-cdef void set_bits(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
-cdef void clear_bits(uint64_t *bits, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t first_missing(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t missing_end(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcept nogil
