@@ -40,7 +40,6 @@ cdef unsigned char zero = 0
 
 cdef extern from *:
     int __builtin_ctzll(unsigned long long) nogil
-    int __builtin_popcountll(unsigned long long) nogil
 
 
 cdef inline uint64_t scan(const served_t *served, uint64_t first, uint64_t end, bint missing) noexcept nogil:
@@ -271,14 +270,11 @@ cdef class Served:
 
     def count(self, uint64_t first, uint64_t end):
         """Of the pages [first, end): (those that are there, those that workers were asked for)."""
-        cdef uint64_t there = 0, coming = 0, bits
-        end = min(end, self.c.n_pages)
+        cdef uint64_t there, coming
         with nogil:
-            while first < end:
-                bits = mask(first, end)
-                there += __builtin_popcountll(load_u64(&self.c.resident[first // 64]) & bits)
-                coming += __builtin_popcountll(load_u64(&self.c.coming[first // 64]) & bits)
-                first = (first // 64 + 1) * 64
+            end = min(end, self.c.n_pages)
+            there = n_set(self.c.resident, first, end)
+            coming = n_set(self.c.coming, first, end)
         return there, coming
 
     def missing(self, const uint64_t[::1] firsts, const uint64_t[::1] ends):
