@@ -10,11 +10,11 @@ from libc.stdint cimport UINT64_MAX, uint64_t
 
 from operator import index
 
-from userfault._abi cimport load_u64, pthread_mutex_init
+from userfault._abi cimport getpid, load_u64, pthread_mutex_init
 from userfault._errno cimport error_for
 from userfault._ioctl cimport PAGE_SIZE
 
-from userfault.errors import BusyError
+from userfault.errors import BusyError, ForkedError
 
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
@@ -98,6 +98,7 @@ cdef class Budget:
 
     def __cinit__(self, nbytes):
         pthread_mutex_init(&self.c.lock, NULL)
+        self.pid = getpid()
         self.c.limit = UINT64_MAX
         self.c.step = UINT64_MAX
         if nbytes is None:
@@ -121,6 +122,8 @@ cdef class Budget:
     cdef int join(self, void *served) except -2:
         """A number for a region, -1 without a limit. Under the GIL, so that nobody else joins meanwhile."""
         cdef int member = 0
+        if self.pid != getpid():
+            raise ForkedError("a Budget is of one process's memory: make one in the child")
         if self.c.members == NULL:
             return -1
         while member < MOST_MEMBERS and self.c.members[member] != NULL:

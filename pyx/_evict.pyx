@@ -6,20 +6,20 @@ lock, in which nothing becomes changed. A page that is being written back is pro
 read: who writes meanwhile makes it changed again.
 """
 
-from libc.errno cimport EAGAIN, ENOBUFS
-from libc.stdint cimport uint64_t
+from libc.errno cimport EAGAIN, EINVAL, EIO, ENOBUFS, errno
+from libc.stdint cimport uint64_t, uintptr_t
 
 from userfault._abi cimport (
-    UFFDIO_WRITEPROTECT_MODE_WP, add_int, count, iovec, load_int, load_u64, pthread_mutex_lock,
+    UFFDIO_WRITEPROTECT_MODE_WP, add_int, add_u64, count, iovec, load_int, load_u64, pthread_mutex_lock,
     pthread_mutex_unlock, store_int,
 )
-from userfault._bits cimport clear_bits, n_set, set_bits
+from userfault._bits cimport clear_bits, is_set, n_set, set_bits
 from userfault._budget cimport (
     ABSENT, BLOCK_PAGES, GHOST, KEPT, block_of, budget_t, fifo_t, is_whole, member_of, pop, push,
 )
-from userfault._hold cimport any_changed, take_out
+from userfault._hold cimport any_changed, put_back, take_in, take_out
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
-from userfault._served cimport HUGE_PAGES, Served, hold_t, served_t
+from userfault._served cimport HUGE_PAGES, Served, hold_t, look, served_t
 from userfault._say cimport say
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -30,11 +30,13 @@ cdef extern from "<sys/syscall.h>" nogil:
     long syscall(long number, ...)
     long SYS_process_madvise
 
+DEF MOST_ERRNO = 4096
 DEF BATCH = 128              # blocks looked at together
 DEF RUNS = 64                # let go of in one call
 DEF MOST_WRITTEN = 512       # pages, at once
 DEF AT_ONCE = 8192          # pages looked at while the lock is held
 DEF PIDFD_SELF = -10001       # PIDFD_SELF_THREAD_GROUP (Linux 6.15)
+DEF MADV_DONTNEED_LOCKED = 24
 DEF SPARE = 32               # one part of the limit is let go of at a time
 
 # process_madvise(2) takes many runs at once; before Linux 6.15, which cannot name us so, they go one by one.
@@ -43,21 +45,35 @@ cdef int takes_many = 1
 # What is to be dropped, under the lock of a budget.
 ctypedef struct drops_t:
     iovec runs[RUNS]
+    served_t *owners[RUNS]
     int n
 
 
 cdef void drop(drops_t *drops) noexcept nogil:
     """Have the kernel drop the runs: their next touch is a missing fault."""
+    cdef ssize_t got, wanted = 0
+    cdef served_t *owner
+    cdef uint64_t first, n
     cdef int i
     if drops.n > 1 and load_int(&takes_many):
-        if syscall(SYS_process_madvise, <long>PIDFD_SELF, drops.runs, <long>drops.n, <long>MADV_DONTNEED,
-                   <long>0) > 0:
-            # It stops at a run that is not mapped any more, which has nothing to drop.
+        got = syscall(SYS_process_madvise, <long>PIDFD_SELF, drops.runs, <long>drops.n, <long>MADV_DONTNEED,
+                      <long>0)
+        for i in range(drops.n):
+            wanted += drops.runs[i].iov_len
+        if got == wanted:
             drops.n = 0
             return
-        store_int(&takes_many, 0)
+        if got < 0 and errno != EINVAL:
+            store_int(&takes_many, 0)
     for i in range(drops.n):
-        c_madvise(drops.runs[i].iov_base, drops.runs[i].iov_len, MADV_DONTNEED)
+        if (c_madvise(drops.runs[i].iov_base, drops.runs[i].iov_len, MADV_DONTNEED) != 0
+                and c_madvise(drops.runs[i].iov_base, drops.runs[i].iov_len, MADV_DONTNEED_LOCKED) != 0):
+            # Locked by mlock(2), before Linux 5.18: it is still there.
+            owner = drops.owners[i]
+            first = (<uintptr_t>drops.runs[i].iov_base - owner.hold.base) // PAGE_SIZE
+            n = drops.runs[i].iov_len // PAGE_SIZE
+            take_in(owner, first, first + n, False)
+            count(&owner.counters.evicted, -n)
     drops.n = 0
 
 
@@ -99,11 +115,9 @@ cdef uint64_t drop_clean(served_t *served, uint64_t first, uint64_t end, drops_t
         if first == end:
             break
         # First the note: what comes between, and finds the page there, notes that it is there.
-        if served.hold.blocks != NULL:
-            take_out(served, first, stop)
-        else:
-            clear_bits(served.resident, first, stop)
+        take_out(served, first, stop)
         total += stop - first
+        drops.owners[drops.n] = served
         drops.runs[drops.n].iov_base = <void *>(served.hold.base + first * PAGE_SIZE)
         drops.runs[drops.n].iov_len = (stop - first) * PAGE_SIZE
         drops.n += 1
@@ -132,23 +146,27 @@ cdef int write_back(served_t *served, uint64_t first, uint64_t end) noexcept nog
             clear_bits(hold.changed, first, stop)
             set_bits(hold.writing, first, stop)
             add_int(&hold.users, 1)
+            hold.budget.writers += 1
             pthread_mutex_unlock(&hold.budget.lock)
             low = max(first * PAGE_SIZE, hold.first_byte)
             high = min(stop * PAGE_SIZE, hold.end_byte)
             if low < high:
                 result = served.source.write(served.source.ctx, served.source.start + low,
                                              <void *>(hold.base + low), high - low)
-                result = min(result, 0)
+                if result > 0 or result < -MOST_ERRNO:
+                    result = -EIO
             pthread_mutex_lock(&hold.budget.lock)
             if result != 0:
                 set_bits(hold.changed, first, stop)
             clear_bits(hold.writing, first, stop)
             add_int(&hold.users, -1)
+            hold.budget.writers -= 1
         if result != 0:
             worst = result
             store_int(&hold.write_error, -result)
             say(hold, "cannot be written back, and stays in memory", first * PAGE_SIZE, -result)
         else:
+            store_int(&hold.write_error, 0)
             count(&served.counters.written, stop - first)
     return worst
 
@@ -227,7 +245,7 @@ cdef uint64_t let_go(budget_t *budget, uint64_t *entries, size_t n, bint may_wai
         left = n_set(served.resident, first, end)
         hold.pins -= 1
         if left and served.source.write != NULL:
-            push(queue, entries[i])  # its turn comes again
+            put_back(budget, queue, entries[i])  # its turn comes again
             continue
         # Changed pages that cannot be written back stay, and nobody need look at them again.
         queue.pages -= left
@@ -253,34 +271,42 @@ cdef inline void forget_ghost(budget_t *budget, uint64_t entry) noexcept nogil:
 
 
 cdef int make_room(budget_t *budget, uint64_t n, bint may_wait, bint asked) noexcept nogil:
-    """Let go of what is oldest until n pages may come.
+    """Let go of what is oldest until n pages may come, which the caller has reserved then, until they have.
 
     0; -EAGAIN: changed pages have to be written back first, which may wait, or are just being; -ENOBUFS, or
     the errno of a source that failed to write: what is left is all changed.
     """
     cdef uint64_t entries[BATCH]
-    cdef uint64_t freed = 0, looked = 0, most, taken
+    cdef uint64_t freed, looked = 0, most, wanted
     cdef size_t found
     cdef int error = 0
-    if load_u64(&budget.resident) + n <= budget.limit:
+    if add_u64(&budget.reserved, n) + load_u64(&budget.resident) <= budget.limit:
         return 0
     pthread_mutex_lock(&budget.lock)
     # Each block is looked at once, and once more after it was written back.
     most = 2 * (budget.fresh.given - budget.fresh.taken + budget.kept.given - budget.kept.taken)
-    while load_u64(&budget.resident) + n > budget.limit and looked <= most:
-        taken = load_u64(&budget.resident) + n - budget.limit
-        taken = max(taken, min(budget.limit // SPARE, <uint64_t>HUGE_PAGES))
-        found = choose(budget, taken, asked, entries)
+    while looked <= most:
+        wanted = load_u64(&budget.resident) + load_u64(&budget.reserved)
+        if wanted <= budget.limit:
+            break
+        wanted = max(wanted - budget.limit, min(budget.limit // SPARE, <uint64_t>HUGE_PAGES))
+        found = choose(budget, wanted, asked, entries)
         if found == 0:
             break
         freed = let_go(budget, entries, found, may_wait, &error)
         if freed == 0 and error == -EAGAIN and not may_wait:
             break  # the next are hardly better
         looked += found
-    if load_u64(&budget.resident) + n <= budget.limit:
+    if load_u64(&budget.resident) + load_u64(&budget.reserved) <= budget.limit:
         error = 0
-    elif error == 0:
-        error = -ENOBUFS
+    else:
+        if error == 0:
+            # What others are bringing or writing back, or was changed again, can go another time.
+            error = -EAGAIN
+            if not budget.writers and budget.fresh.given == budget.fresh.taken and (
+                    budget.kept.given == budget.kept.taken and load_u64(&budget.reserved) == n):
+                error = -ENOBUFS
+        add_u64(&budget.reserved, -n)
     pthread_mutex_unlock(&budget.lock)
     return error
 
@@ -290,10 +316,14 @@ cdef int change(served_t *served, uint64_t page) noexcept nogil:
     cdef hold_t *hold = served.hold
     cdef int result
     pthread_mutex_lock(&hold.budget.lock)
-    set_bits(hold.changed, page, page + 1)
+    if not is_set(hold.changed, page):
+        set_bits(hold.changed, page, page + 1)
+        count(&served.counters.changed, 1)
+    if not is_set(served.resident, page):
+        # Whoever brought it has not noted that yet, and its writer may flush; or it was let go of since.
+        look(served, hold.pagemap, hold.base, page, page + 1)
     result = uffd_writeprotect(hold.fd, hold.base + page * PAGE_SIZE, PAGE_SIZE, 0)
     pthread_mutex_unlock(&hold.budget.lock)
-    count(&served.counters.changed, 1)
     return result
 
 

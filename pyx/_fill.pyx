@@ -11,10 +11,12 @@ from libc.stdlib cimport abort
 from libc.string cimport memset
 
 from userfault cimport _abi
-from userfault._abi cimport count, now, pthread_mutex_lock, pthread_mutex_unlock, store_int, store_u64
-from userfault._bits cimport is_set
+from userfault._abi cimport (
+    add_u64, count, now, pthread_mutex_lock, pthread_mutex_unlock, store_int, store_u64,
+)
+from userfault._bits cimport clear_bits, is_set, set_bits
 from userfault._errno cimport FORGET, NEXT, PARK, POISON, RETRY, STOP, decide
-from userfault._hold cimport there
+from userfault._hold cimport take_in, there
 from userfault._ioctl cimport (
     PAGE_SIZE, uffd_copy, uffd_move, uffd_poison, uffd_wake, uffd_writeprotect, uffd_zeropage,
 )
@@ -84,6 +86,15 @@ cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uin
     stay missing. `mode` is UFFDIO_MODE_DONTWAKE or 0. Returns `end`, or unless it `may_wait`, the page
     before which the source would wait.
     """
+    cdef uint64_t stop = fill_run(worker, entry, served, first, end, want, want_end, mode, may_wait)
+    if worker.reserved:
+        add_u64(&served.hold.budget.reserved, -worker.reserved)
+        worker.reserved = 0
+    return stop
+
+
+cdef uint64_t fill_run(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,
+                       uint64_t want, uint64_t want_end, uint64_t mode, bint may_wait) noexcept nogil:
     cdef const source_t *source = &served.source
     cdef uint64_t address, offset, has, n, page
     cdef int result
@@ -96,10 +107,14 @@ cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uin
         n = end - first
         if served.hold != NULL:
             n = min(n, served.hold.budget.step)
+            add_u64(&served.hold.budget.reserved, -worker.reserved)
+            worker.reserved = 0
             result = make_room(served.hold.budget, n, may_wait, worker.visits)
             if result == -EAGAIN and not may_wait:
                 return first
-            if result != 0:
+            if result == 0:
+                worker.reserved = n
+            else:
                 no_room(worker, entry, served, first, end, want, want_end, result)
                 return end
         if source.zero:
@@ -213,6 +228,8 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
                 result = uffd_copy(worker.space.fd, address, origin + first * PAGE_SIZE, step * PAGE_SIZE,
                                    copying, &done)
                 if open:
+                    # Its writer is awake, and may flush.
+                    take_in(served, first, first + done // PAGE_SIZE, worker.visits)
                     pthread_mutex_unlock(&served.hold.budget.lock)
                 disclaim(worker)
             else:
@@ -368,20 +385,34 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
     """Let the page fail closed, and note why. `entry` and `served` are NULL where there is none."""
     cdef desk_t *desk = worker.desk
     cdef int fd = worker.space.fd
-    cdef uint64_t done
-    cdef int result, decision = POISON
+    cdef uint64_t done, number = 0
+    cdef int result = 0, decision = POISON
     cdef failure_t *failure
+    cdef bint changed = False, watched
+    watched = served != NULL and served.hold != NULL and served.hold.changed != NULL
     if served != NULL:
-        # Not missing any more; read-ahead has no business there.
-        done = (page - entry.base) // PAGE_SIZE
-        there(served, done, done + 1, False)
+        number = (page - entry.base) // PAGE_SIZE
         if served.hold != NULL:
-            say(served.hold, "cannot be had", done * PAGE_SIZE, error)
+            say(served.hold, "cannot be had", number * PAGE_SIZE, error)
+    if watched:
+        # What was to be written there does not come: nothing is to be written back. (Where changes are
+        # watched nothing moves, and `claim` takes no lock.)
+        pthread_mutex_lock(&served.hold.budget.lock)
+        changed = is_set(served.hold.changed, number)
+        clear_bits(served.hold.changed, number, number + 1)
     if desk.can_poison:
         result = -ENOENT
         if claim(worker, entry, served, page, PAGE_SIZE):
             result = uffd_poison(fd, page, PAGE_SIZE, 0, &done)
             disclaim(worker)
+    if watched:
+        if changed and desk.can_poison and result != 0:
+            set_bits(served.hold.changed, number, number + 1)
+        pthread_mutex_unlock(&served.hold.budget.lock)
+    if served != NULL:
+        # Not missing any more; read-ahead has no business there.
+        there(served, number, number + 1, False)
+    if desk.can_poison:
         worker.counters.ioctls += 1
         decision = RETRY
         if result != 0:
@@ -392,7 +423,9 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
             return
         if decision == NEXT:
             # A page, or the marker of a write-protected one that is missing, which must go first.
-            uffd_writeprotect(fd, page, PAGE_SIZE, 0)
+            # Where changes are watched it is a page, and stays protected.
+            if not watched:
+                uffd_writeprotect(fd, page, PAGE_SIZE, 0)
             uffd_wake(fd, page, PAGE_SIZE)
             worker.counters.ioctls += 2
             worker.counters.existing += 1

@@ -21,14 +21,14 @@ cdef extern from *:
 
 
 cdef bint any_changed(const served_t *served, uint64_t first, uint64_t end) noexcept nogil:
-    """Whether any of the pages [first, end) is there, and changed or just being written back."""
+    """Whether any of the pages [first, end) is changed, or about to be, or just being written back."""
     cdef const hold_t *hold = served.hold
     cdef uint64_t found
     if hold == NULL or hold.changed == NULL:
         return False
     while first < end:
         found = load_u64(&hold.changed[first // 64]) | load_u64(&hold.writing[first // 64])
-        if found & load_u64(&served.resident[first // 64]) & mask(first, end):
+        if found & mask(first, end):
             return True
         first = (first // 64 + 1) * 64
     return False
@@ -37,27 +37,36 @@ cdef bint any_changed(const served_t *served, uint64_t first, uint64_t end) noex
 cdef void there(served_t *served, uint64_t first, uint64_t end, bint asked) noexcept nogil:
     """Note that the pages [first, end) are there; `asked`: somebody has said that they will be used."""
     cdef hold_t *hold = served.hold
-    cdef uint64_t block, stop, bits, added
-    if hold == NULL or hold.blocks == NULL:
+    if hold == NULL or (hold.blocks == NULL and hold.changed == NULL):
         set_bits(served.resident, first, end)
         return
     pthread_mutex_lock(&hold.budget.lock)
+    take_in(served, first, end, asked)
+    pthread_mutex_unlock(&hold.budget.lock)
+
+
+cdef void take_in(served_t *served, uint64_t first, uint64_t end, bint asked) noexcept nogil:
+    """As `there`, with the budget's lock held."""
+    cdef hold_t *hold = served.hold
+    cdef uint64_t block, stop, bits, added
+    if hold.blocks == NULL:
+        set_bits(served.resident, first, end)
+        return
     while first < end:
         block = first // BLOCK_PAGES
         stop = min((block + 1) * BLOCK_PAGES, end)
         bits = mask(first, stop)
         added = __builtin_popcountll(bits & ~fetch_or_u64(&served.resident[first // 64], bits))
         if added and hold.member >= 0:
-            enqueue(hold, block, added, asked,
+            enqueue(served, block, added, asked,
                     served.huge and first % HUGE_PAGES == 0 and end - first >= HUGE_PAGES)
         first = stop
-    pthread_mutex_unlock(&hold.budget.lock)
 
 
 cdef void gone(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
     """Note that the pages [first, end) are missing."""
     cdef hold_t *hold = served.hold
-    if hold == NULL or hold.blocks == NULL:
+    if hold == NULL or (hold.blocks == NULL and hold.changed == NULL):
         clear_bits(served.resident, first, end)
         return
     pthread_mutex_lock(&hold.budget.lock)
@@ -66,11 +75,15 @@ cdef void gone(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
 
 
 cdef uint64_t take_out(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
-    """As `gone`, of a region with a limit, whose lock is held; how many of them were there."""
+    """As `gone`, with the budget's lock held; how many of them were there."""
     cdef hold_t *hold = served.hold
     cdef budget_t *budget = hold.budget
     cdef uint64_t stop, bits, removed, total = 0
     cdef unsigned char state
+    if hold.blocks == NULL:
+        total = n_set(served.resident, first, end)
+        clear_bits(served.resident, first, end)
+        return total
     while first < end:
         stop = min((first // BLOCK_PAGES + 1) * BLOCK_PAGES, end)
         bits = mask(first, stop)
@@ -82,13 +95,15 @@ cdef uint64_t take_out(served_t *served, uint64_t first, uint64_t end) noexcept 
             budget.kept.pages -= removed
         total += removed
         first = stop
-    hold.pages -= total
-    add_u64(&budget.resident, -total)
+    if hold.member >= 0:
+        hold.pages -= total
+        add_u64(&budget.resident, -total)
     return total
 
 
-cdef void enqueue(hold_t *hold, uint64_t block, uint64_t added, bint asked, bint whole) noexcept nogil:
+cdef void enqueue(served_t *served, uint64_t block, uint64_t added, bint asked, bint whole) noexcept nogil:
     """So many pages of a block have come. With `whole` it is the first of a huge page that comes."""
+    cdef hold_t *hold = served.hold
     cdef budget_t *budget = hold.budget
     cdef fifo_t *queue = &budget.fresh
     cdef unsigned char state = hold.blocks[block]
@@ -97,6 +112,9 @@ cdef void enqueue(hold_t *hold, uint64_t block, uint64_t added, bint asked, bint
     add_u64(&budget.resident, added)
     if state == KEPT or state == GHOST or (asked and state == ABSENT):
         queue = &budget.kept
+    if state == ABSENT:
+        # Also those that stayed when it was let go of last, and that nobody has counted since.
+        added = n_set(served.resident, block * BLOCK_PAGES, min((block + 1) * BLOCK_PAGES, served.n_pages))
     queue.pages += added
     if state == FRESH or state == KEPT:
         return
@@ -106,12 +124,17 @@ cdef void enqueue(hold_t *hold, uint64_t block, uint64_t added, bint asked, bint
             if hold.blocks[block + i] == FRESH or hold.blocks[block + i] == KEPT:
                 n = 1
                 break
-    if not push(queue, entry_of(hold.member, block, n > 1)):
-        # Full of blocks that were let go of by others than us.
-        sift(budget, queue, -1)
-        push(queue, entry_of(hold.member, block, n > 1))
+    put_back(budget, queue, entry_of(hold.member, block, n > 1))
     for i in range(n):
         hold.blocks[block + i] = FRESH if queue == &budget.fresh else KEPT
+
+
+cdef void put_back(budget_t *budget, fifo_t *queue, uint64_t entry) noexcept nogil:
+    """Put a block into a queue, as its last."""
+    if not push(queue, entry):
+        # Full of blocks of which others than us have let go.
+        sift(budget, queue, -1)
+        push(queue, entry)
 
 
 cdef void sift(budget_t *budget, fifo_t *queue, int member) noexcept nogil:
@@ -137,7 +160,7 @@ cdef void sift(budget_t *budget, fifo_t *queue, int member) noexcept nogil:
 
 
 cdef void believe(served_t *served, uint64_t word, uint64_t are, uint64_t are_not) noexcept nogil:
-    """Of the 64 pages of a word some are there, and others are not."""
+    """Of the 64 pages of a word some are there, and others are not. Of a lazy array: with the lock held."""
     cdef uint64_t page, known
     if served.hold == NULL or served.hold.blocks == NULL:
         or_u64(&served.resident[word], are)
@@ -149,9 +172,9 @@ cdef void believe(served_t *served, uint64_t word, uint64_t are, uint64_t are_no
     while are | are_not:
         page = 64 * word + __builtin_ctzll(are | are_not)
         if are >> (page % 64) & 1:
-            there(served, page, page + 1, False)
+            take_in(served, page, page + 1, False)
         else:
-            gone(served, page, page + 1)
+            take_out(served, page, page + 1)
         are &= ~(<uint64_t>1 << (page % 64))
         are_not &= ~(<uint64_t>1 << (page % 64))
 
@@ -166,6 +189,7 @@ cdef bint leave_budget(hold_t *hold) noexcept nogil:
         sift(budget, &budget.ghosts, hold.member)
         if hold.pins == 0:
             add_u64(&budget.resident, -hold.pages)
+            hold.pages = 0
             budget.members[hold.member] = NULL
             hold.member = -1
     pthread_mutex_unlock(&budget.lock)

@@ -16,7 +16,7 @@ from userfault._abi cimport (
 from userfault._ahead cimport (
     CAPACITY, GONE, KEEPER, PAIR, SPIN, UNKNOWNS, advance, loop_t, take_orders,
 )
-from userfault._bits cimport set_bits
+from userfault._bits cimport is_set, set_bits
 from userfault._evict cimport change
 from userfault._fill cimport park, parked_t, wake
 from userfault._follow cimport ask, epoll_event, find_room, hear
@@ -250,9 +250,10 @@ cdef void expect_change(loop_t *loop, uint64_t page) noexcept nogil:
     cdef served_t *served = watched(loop, page, &number)
     if served != NULL:
         pthread_mutex_lock(&served.hold.budget.lock)
-        set_bits(served.hold.changed, number, number + 1)
+        if not is_set(served.hold.changed, number):
+            set_bits(served.hold.changed, number, number + 1)
+            count(&served.counters.changed, 1)
         pthread_mutex_unlock(&served.hold.budget.lock)
-        count(&served.counters.changed, 1)
     leave(loop.worker.space.tree, ticket)
 
 

@@ -18,8 +18,10 @@ from userfault._tree cimport cut, entry_t, list_range, lock_tree, unlock_tree
 cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset)
     int munmap(void *address, size_t length)
+    int munlock(const void *address, size_t length)
+    int mprotect(void *address, size_t length, int protection)
     int c_madvise "madvise"(void *address, size_t length, int advice)
-    int PROT_READ, PROT_WRITE
+    int PROT_NONE, PROT_READ, PROT_WRITE
     int MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
     int MADV_DONTFORK, MADV_DOFORK, MADV_HUGEPAGE, MADV_NOHUGEPAGE
 
@@ -47,7 +49,8 @@ cdef class Mapping:
         cdef uint64_t length = check_range(0, bytes_wanted)
         check_range(HUGE, length + HUGE)
         # Room for the alignment, cut off again below. NORESERVE: regions may be larger than memory.
-        cdef char *room = <char *>mmap(NULL, length + HUGE, PROT_READ | PROT_WRITE,
+        # Not accessible at first: mlockall(MCL_FUTURE) would fill it with zeros before it is registered.
+        cdef char *room = <char *>mmap(NULL, length + HUGE, PROT_NONE,
                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if <void *>room == <void *>-1:
             raise error_for(f"mmap of {length} bytes", errno)
@@ -58,6 +61,9 @@ cdef class Mapping:
         self.start = <uint64_t>room + head
         self.length = length
         self.pid = getpid()
+        munlock(<void *>self.start, length)
+        if mprotect(<void *>self.start, length, PROT_READ | PROT_WRITE) != 0:
+            raise error_for("mprotect", errno)
         # A child of a fork would read zeros where pages are missing; without the memory it faults.
         if c_madvise(<void *>self.start, length, MADV_DONTFORK) != 0:
             raise error_for("madvise(MADV_DONTFORK)", errno)
@@ -110,6 +116,18 @@ cdef class Mapping:
         if self.descriptor is not None:
             self.descriptor.kick()
             self.descriptor.release()
+
+
+cdef class ReadOnly:
+    """A mapping's bytes for those who may not write to them. (numpy looks through a read-only memoryview.)"""
+
+    cdef Mapping mapping
+
+    def __cinit__(self, Mapping mapping not None):
+        self.mapping = mapping
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, <void *>self.mapping.start, self.mapping.length, 1, flags)
 
 
 def keep_from_children(uint64_t start, uint64_t length):

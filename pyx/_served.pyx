@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from userfault._abi cimport load_u64, pread, store_u64
+from userfault._abi cimport load_int, load_u64, pread, pthread_mutex_lock, pthread_mutex_unlock, store_u64
 from userfault._bits cimport mask, n_set, set_bits
 from userfault._budget cimport BLOCK_PAGES, Budget
 from userfault._hold cimport believe, leave_budget
@@ -23,10 +23,11 @@ from userfault._source cimport Source, fill_with_constant, source_t
 DEF STREAMS = 32
 DEF MOST_AHEAD = 4096    # pages: 16 MiB
 DEF LEAST_AHEAD = 4
-DEF PART_AHEAD = 16      # of a limit, that a stream may be read ahead
+DEF PART_AHEAD = 8       # of a limit, that a stream may be read ahead
 DEF GAP = 64             # pages: what a stream may find filled already, and step over
 DEF STEP = 64            # pages filled at a time where the unit is less
 DEF ENTRIES = 512        # of pagemap, a pread
+DEF AT_ONCE = 8192       # pages of a lazy array asked about while the lock is held
 
 LATENCY_BUCKETS = REGION_LATENCIES
 REGION_STATS_DTYPE = np.dtype(
@@ -64,6 +65,11 @@ cdef uint64_t missing_end(const served_t *served, uint64_t first, uint64_t end) 
     return scan(served, first, end, False)
 
 
+cdef inline uint64_t up(const served_t *served, uint64_t page) noexcept nogil:
+    """No unit is left half read."""
+    return min((page + served.unit - 1) // served.unit * served.unit, served.n_pages)
+
+
 cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcept nogil:
     """The pages [first, end) were asked for by faults: one past the last page to bring ahead of need.
 
@@ -76,7 +82,7 @@ cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcep
     cdef uint64_t ahead
     cdef int i
     if served.readahead >= 0:
-        return min(end + <uint64_t>served.readahead, served.n_pages)
+        return up(served, end + <uint64_t>served.readahead)
     served.tick += 1
     for i in range(served.n_streams):
         stream = &served.streams[i]
@@ -88,8 +94,10 @@ cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcep
                 or (first - stream.end <= GAP and scan(served, stream.end, first, True) == first)):
             stream.length += min(first, stream.end) - stream.next + end - first
             ahead = max(min(<uint64_t>LEAST_AHEAD, served.most_ahead), min(stream.length, served.most_ahead))
+            if served.huge and ahead >= 2 * HUGE_PAGES:
+                ahead -= (end + ahead) % HUGE_PAGES  # a part of a huge page could not be moved into place
             stream.next = end
-            stream.end = min(max(stream.end, end + ahead), served.n_pages)
+            stream.end = up(served, max(stream.end, end + ahead))
             stream.used = served.tick
             return max(stream.end, end)
         if stream.used < oldest.used:
@@ -102,6 +110,22 @@ cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcep
 
 cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, uint64_t end) noexcept nogil:
     """Ask the kernel which of [first, end) are there (proc_pid_pagemap(5)); -1 where it does not tell."""
+    cdef uint64_t stop
+    cdef int result = 0
+    if served.hold == NULL:
+        return look(served, pagemap, base, first, end)
+    while first < end and result == 0:
+        stop = min(first + AT_ONCE, end)
+        # What comes meanwhile is noted after it has come, and so after what is noted here.
+        pthread_mutex_lock(&served.hold.budget.lock)
+        result = look(served, pagemap, base, first, stop)
+        pthread_mutex_unlock(&served.hold.budget.lock)
+        first = stop
+    return result
+
+
+cdef int look(served_t *served, int pagemap, uint64_t base, uint64_t first, uint64_t end) noexcept nogil:
+    """As `resync`; of a lazy array with its budget's lock held."""
     cdef uint64_t entries[ENTRIES]
     cdef uint64_t n, i, are, are_not
     cdef ssize_t got
@@ -175,12 +199,14 @@ cdef class Served:
         free(self.hold.changed)
         free(self.hold.writing)
 
-    def hold_to(self, Budget budget not None, uint64_t base, int fd, bint written, uint64_t first_byte,
-                uint64_t end_byte, double patience, bytes name not None):
+    def hold_to(self, Budget budget not None, uint64_t base, int fd, int pagemap, bint written,
+                bint written_back, uint64_t first_byte, uint64_t end_byte, double patience,
+                bytes name not None):
         """Hold it to the budget, before it is attached: memory at `base` that stays there, of `fd`.
 
-        `written`: its write-protect faults are changes, which [first_byte, end_byte) writes back if the
-        source can. `patience`: seconds in which a failing source is asked again. `name`: for stderr.
+        `written`: its write-protect faults are changes. `written_back`: those of [first_byte, end_byte) go to
+        the source; others are this process's own. `patience`: seconds in which a failing source is asked again.
+        `name`: for stderr.
         """
         cdef size_t words = self.c.n_pages // 64 + 1
         self.name = name
@@ -189,9 +215,12 @@ cdef class Served:
         self.hold.budget = &budget.c
         self.hold.base = base
         self.hold.fd = fd
+        self.hold.pagemap = pagemap
         self.hold.first_byte = first_byte
         self.hold.end_byte = end_byte
         self.hold.patience = <int64_t>(patience * 1e9)
+        if not written_back:
+            self.c.source.write = NULL
         if written:
             self.hold.changed = <uint64_t *>calloc(words, 8)
             self.hold.writing = <uint64_t *>calloc(words, 8)
@@ -223,8 +252,8 @@ cdef class Served:
     def may_wait(self):
         """Whether filling may have to wait, which the reading thread must not."""
         cdef const source_t *source = &self.c.source
-        if self.c.hold != NULL and self.hold.changed != NULL and source.write != NULL:
-            return True  # to make room for it
+        if self.c.hold != NULL and self.hold.blocks != NULL:
+            return True  # to make room for it: others of the budget may have changes to write back
         if source.direct != NULL:
             return not source.solid
         return not source.zero and source.prompt != source.fill
@@ -258,7 +287,16 @@ cdef class Served:
         """Which of the pages [first, end) are there and may differ from the source: bool array."""
         if self.hold.changed == NULL:
             return np.zeros(end - first, np.bool_)
+        # With the lock: whoever goes on because a page came finds it noted.
+        with nogil:
+            pthread_mutex_lock(&self.hold.budget.lock)
+            pthread_mutex_unlock(&self.hold.budget.lock)
         return unpacked(self.hold.changed, first, end) & unpacked(self.c.resident, first, end)
+
+    @property
+    def write_error(self):
+        """The errno with which the source last failed to take a change, 0 when it took the last."""
+        return load_int(&self.hold.write_error)
 
     def take_errors(self):
         """Of the last pages that nobody waited for and that could not be had: the errno of the source and

@@ -19,12 +19,14 @@ ctypedef struct fifo_t:
     uint64_t given
     uint64_t pages        # that are there of its blocks
 
-# How much of several regions may be there at a time. All but `resident` under the lock.
+# How much of several regions may be there at a time. All but `resident` and `reserved` under the lock.
 cdef struct budget_t:
     pthread_mutex_t lock  # also of the members' records of changed pages
     uint64_t limit        # pages; UINT64_MAX: none
     uint64_t resident     # pages
+    uint64_t reserved     # pages that somebody is bringing
     uint64_t step         # pages that are filled at a time
+    int writers           # who write back now, without the lock
     fifo_t fresh          # came once
     fifo_t kept           # came again soon after they had gone
     fifo_t ghosts
@@ -40,5 +42,6 @@ cdef bint pop(fifo_t *queue, uint64_t *entry) noexcept nogil
 
 cdef class Budget:
     cdef budget_t c
+    cdef int pid
 
     cdef int join(self, void *served) except -2

@@ -82,6 +82,7 @@ ctypedef struct worker_t:
     int64_t since         # when the faults at hand were read
     int tries             # times that the end of an event is waited for, awake, until faults are parked
     char *stage           # STAGE_BYTES, aligned to them
+    uint64_t reserved     # pages, of the budget of the array that it fills
     int64_t small_until   # the stage was no huge page: do not try again before
 
 cdef uint64_t fill(worker_t *worker, const entry_t *entry, served_t *served, uint64_t first, uint64_t end,

@@ -42,6 +42,7 @@ ctypedef struct hold_t:
     unsigned char *blocks  # where each block is, with a limit; else NULL
     uint64_t base          # the address of page 0
     int fd
+    int pagemap            # /proc/self/pagemap; -1: not to be had
     uint64_t *changed      # a bit a page: it may differ from the source; NULL: nobody writes
     uint64_t *writing      # a bit a page: it is being written back
     int users              # who write back now
@@ -83,6 +84,7 @@ cdef struct served_t:
 cdef uint64_t first_missing(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t missing_end(const served_t *served, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t look_ahead(served_t *served, uint64_t first, uint64_t end) noexcept nogil
+cdef int look(served_t *served, int pagemap, uint64_t base, uint64_t first, uint64_t end) noexcept nogil
 cdef int resync(served_t *served, int pagemap, uint64_t base, uint64_t first, uint64_t end) noexcept nogil
 
 

@@ -30,12 +30,16 @@ class Served:
     def budget(self) -> Budget | None: ...
     def resident_of(self, first: int, end: int) -> npt.NDArray[np.bool_]: ...
     def changed_of(self, first: int, end: int) -> npt.NDArray[np.bool_]: ...
+    @property
+    def write_error(self) -> int: ...
     def hold_to(
         self,
         budget: Budget,
         base: int,
         fd: int,
+        pagemap: int,
         written: bool,
+        written_back: bool,
         first_byte: int,
         end_byte: int,
         patience: float,

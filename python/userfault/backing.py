@@ -19,11 +19,12 @@ from userfault import _evict
 from userfault._budget import Budget
 from userfault._consts import PAGE_SIZE
 from userfault._engine import Engine
+from userfault._mapping import Mapping, ReadOnly
 from userfault._served import Served
 from userfault._source import Source
 from userfault.errors import ClosedError, ForkedError, LimitError, SourceError, UffdError, UnsupportedError
 from userfault.flags import Api, Feature, RegisterMode
-from userfault.selection import Pages
+from userfault.selection import Pages, merge
 from userfault.service import FaultService, Hold, Placement, Readahead
 from userfault.uffd import Userfaultfd
 
@@ -111,10 +112,12 @@ class Backing:
                 errno.EOPNOTSUPP,
                 f"mode={mode!r} needs write-protect faults (Linux 5.7, api msg): this kernel has none",
             )
+        if tracked and service._engines[0].pagemap < 0:
+            raise UnsupportedError(errno.EOPNOTSUPP, f"mode={mode!r} needs /proc/self/pagemap: mount /proc")
         # What is filled together lies in the source as page_bytes counts.
         start = offset - offset % page_bytes
         self.first_byte = offset - start
-        length = -(-(self.first_byte + nbytes) // PAGE_SIZE) * PAGE_SIZE
+        length = -(-(self.first_byte + max(nbytes, 1)) // PAGE_SIZE) * PAGE_SIZE
         watched = RegisterMode.MISSING | (RegisterMode.WP if tracked else RegisterMode(0))
         region = userfaultfd._map(length, watched)
         self.start = region.start
@@ -122,6 +125,7 @@ class Backing:
         hold = Hold(
             budget or Budget(None),
             tracked,
+            mode == "r+",
             self.first_byte,
             self.first_byte + nbytes,
             self.patience,
@@ -131,6 +135,7 @@ class Backing:
         self._served = service._attach(region, source, readahead, page_bytes, start, hold)
         self._region = region
         self._service = service
+        self._pagemap = service._engine_of(region).pagemap
         self._pid = os.getpid()
         self._flushing = threading.Lock()
         mapping: Any = region._memory
@@ -145,10 +150,11 @@ class Backing:
             self._write = weakref.finalize(mapping, _write_all, self._served, self._flushing, self._pid, name)
 
     @property
-    def memory(self) -> memoryview:
-        """Its bytes; whoever holds them holds the mapping."""
-        view = memoryview(self._region._memory)  # type: ignore[arg-type]
-        return view.toreadonly() if self.mode == "r" else view
+    def memory(self) -> Mapping | ReadOnly:
+        """Its bytes, by the buffer protocol; whoever holds them holds the mapping."""
+        mapping = self._region._memory
+        assert isinstance(mapping, Mapping)
+        return ReadOnly(mapping) if self.mode == "r" else mapping
 
     @property
     def closed(self) -> bool:
@@ -169,8 +175,7 @@ class Backing:
     def resident(self, first: int, end: int) -> npt.NDArray[np.bool_]:
         """Which of the pages [first, end) are there: asks the kernel."""
         self.check()
-        pagemap = self._service._engine_of(self._region).pagemap
-        self._served.resync(pagemap, self.start, first, end)
+        self._served.resync(self._pagemap, self.start, first, end)
         return self._served.resident_of(first, end)
 
     def changed(self, first: int, end: int) -> npt.NDArray[np.bool_]:
@@ -186,6 +191,7 @@ class Backing:
     def fill(self, pages: Pages, progress: Progress | None = None) -> None:
         """Have what is missing of the pages. Raises SourceError, LimitError, UffdError, ClosedError."""
         self.check()
+        pages = self._whole(pages, self.page_bytes // PAGE_SIZE)
         engine: Engine = self._service._engine_of(self._region)
         total = int((pages[1] - pages[0]).sum())
         limit = self.budget.nbytes if self.budget else None
@@ -217,6 +223,13 @@ class Backing:
                     f"{self.name}: its source failed: {os.strerror(failed)}; "
                     f"{missing * PAGE_SIZE} bytes are missing"
                 )
+            if refused and refused == self._served.write_error:
+                raise self._not_written(refused)
+            if refused == errno.ENOBUFS:
+                raise LimitError(
+                    f"{self.name}: its memory_limit of {limit} bytes is full of changed pages that have "
+                    "nowhere to go"
+                )
             if now - last > _STALLED_SECONDS:
                 if limit is not None:
                     raise LimitError(
@@ -226,23 +239,21 @@ class Backing:
                 raise UffdError(
                     refused or errno.EAGAIN, f"{self.name}: {missing * PAGE_SIZE} bytes could not be brought"
                 )
-            if refused == errno.ENOBUFS:
-                raise LimitError(
-                    f"{self.name}: its memory_limit of {limit} bytes is full of changed pages that have "
-                    "nowhere to go"
-                )
             time.sleep(_POLL_SECONDS)
+
+    def _whole(self, pages: Pages, unit: int) -> Pages:
+        """The units of so many pages that they lie in."""
+        firsts, ends = (bounds.astype(np.int64) for bounds in pages)
+        return merge(firsts // unit * unit, np.minimum(-(-ends // unit) * unit, self.n_pages))
 
     def evict(self, pages: Pages) -> int:
         """Let go of the pages, and first write back what is changed of them; how many bytes."""
         self.check()
-        firsts, ends = pages
-        if self.huge:
-            firsts = firsts // _HUGE_PAGES * _HUGE_PAGES
-            ends = np.minimum(-(-ends.astype(np.int64) // _HUGE_PAGES) * _HUGE_PAGES, self.n_pages).astype(
-                np.uint64
-            )
-        n, error = _evict.evict(self._served, np.ascontiguousarray(firsts), np.ascontiguousarray(ends))
+        firsts, ends = self._whole(pages, _HUGE_PAGES) if self.huge else pages
+        if len(firsts):
+            # What has just come may not be noted yet.
+            self._served.resync(self._pagemap, self.start, int(firsts[0]), int(ends[-1]))
+        n, error = _evict.evict(self._served, firsts, ends)
         if error:
             raise self._not_written(error)
         return n * PAGE_SIZE

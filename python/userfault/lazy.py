@@ -43,7 +43,7 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
 
     def __array_finalize__(self, obj: Any) -> None:
         backing = getattr(obj, "_backing", None)
-        if backing is not None and np.may_share_memory(self, obj):
+        if backing is not None and (self.size == 0 or np.may_share_memory(self, obj)):
             self._backing = backing
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
@@ -221,8 +221,10 @@ def lazy_array(
             are written back by `flush`, by eviction, by `close` and by the last view's end (also at the exit
             of the interpreter, not at os._exit or a crash).
         page_bytes, readahead: as for `FaultService.serve`; page_bytes count from the source's first byte.
-        memory_limit: how many bytes of it may be in memory, or a `Budget` that it shares with others.
-            Beyond it the oldest pages go, but for those that come back again and again.
+            Where a part of a unit is there already, only the rest is asked for.
+        memory_limit: how many bytes of it may be in memory (1 MiB and 16 times page_bytes at the least), or a
+            `Budget` that it shares with others. Beyond it the oldest pages go, but for those that come back
+            again and again.
         on_error: what happens to a page that the source does not give: "poison": touching it raises SIGBUS,
             and one line on stderr says why. "retry": it is asked for again for 30 s, and poisoned then.
         placement: as for `FaultService`.
@@ -247,13 +249,13 @@ def lazy_array(
     if isinstance(source, (str, os.PathLike)):
         source = File(source, writable=mode == "r+")
     check_serving(source, readahead, page_bytes)
-    if mode == "r+" and not source.writable:
-        remedy = "File(path, writable=True)" if isinstance(source, File) else "one that has a write function"
-        raise SourceError(f'{source!r} cannot be written to: mode="r+" needs {remedy}')
     if not 0 <= index(offset) <= source.nbytes:
         raise ValueError(f"offset {offset} is outside {source!r} of {source.nbytes} bytes")
     shape = _shape(source, shape, dtype, offset)
     nbytes = math.prod(shape) * dtype.itemsize
+    if mode == "r+" and nbytes and not source.writable:
+        remedy = "File(path, writable=True)" if isinstance(source, File) else "one that has a write function"
+        raise SourceError(f'{source!r} cannot be written to: mode="r+" needs {remedy}')
     if nbytes > source.nbytes - offset:
         raise SourceError(
             f"{source!r} has {source.nbytes - offset} bytes from {offset} on; "
@@ -264,17 +266,15 @@ def lazy_array(
     )
     limit = budget.nbytes if budget else None
     if limit is not None and limit < 16 * page_bytes:
-        raise ValueError(
-            f"a memory_limit is 16 times page_bytes at the least: {16 * page_bytes}, not {limit}"
-        )
+        raise ValueError(f"the memory_limit of {limit} is less than 16 times page_bytes: {16 * page_bytes}")
     if nbytes == 0:
         source, offset = Zero(), 0  # one page that nobody can see
     name = f"lazy array {dtype} {shape} of {source!r}"
     backing = Backing(
         source,
         offset,
-        max(nbytes, 1),
-        mode=mode if nbytes else "r" if mode == "r" else "c",
+        nbytes,
+        mode=mode,
         page_bytes=page_bytes,
         readahead=readahead,
         budget=budget,
@@ -307,7 +307,9 @@ def _shape(
 
 
 def _array(backing: Backing, shape: tuple[int, ...], dtype: np.dtype[Any], **layout: Any) -> LazyArray:
-    array: LazyArray = np.ndarray.__new__(cast(Any, LazyArray), shape, dtype, backing.memory, **layout)
+    array: LazyArray = np.ndarray.__new__(
+        cast(Any, LazyArray), shape, dtype, cast(Any, backing.memory), **layout
+    )
     array._backing = backing
     return array
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ def pages_of(array: npt.NDArray[Any], start: int, key: Any = ...) -> Pages:
     """
     offsets = np.zeros(1, np.int64)
     steps: list[tuple[int, int]] = []  # (stride in bytes, count) of what is selected by slices
-    advanced = []
-    for axis, item in enumerate(_expand(array, key)):
+    items, advanced = _expand(array, key)
+    for axis, item in enumerate(items):
         n, stride = array.shape[axis], array.strides[axis]
         if isinstance(item, slice):
             first, _, step = item.indices(n)
@@ -35,7 +34,10 @@ def pages_of(array: npt.NDArray[Any], start: int, key: Any = ...) -> Pages:
                 raise IndexError(f"index out of bounds for axis {axis} with size {n}")
             advanced.append(np.where(chosen < 0, chosen + n, chosen) * stride)
     if advanced:
-        offsets = offsets + np.ravel(sum(np.broadcast_arrays(*advanced)))
+        try:
+            offsets = offsets + np.ravel(sum(np.broadcast_arrays(*advanced)))
+        except ValueError as error:
+            raise IndexError(str(error)) from None
     if not offsets.size or any(count == 0 for _, count in steps) or not array.itemsize:
         return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
     offsets = offsets + (array.__array_interface__["data"][0] - start)
@@ -49,42 +51,59 @@ def pages_of(array: npt.NDArray[Any], start: int, key: Any = ...) -> Pages:
             length += stride * (count - 1)
         else:
             offsets = (offsets[:, np.newaxis] + stride * np.arange(count)).ravel()
-    return _merge(offsets // PAGE_SIZE, (offsets + length - 1) // PAGE_SIZE + 1)
+    return merge(offsets // PAGE_SIZE, (offsets + length - 1) // PAGE_SIZE + 1)
 
 
-def _expand(array: npt.NDArray[Any], key: Any) -> list[Any]:
-    """One slice or array of integers for each axis."""
-    items: list[Any] = []
-    for item in key if isinstance(key, tuple) else (key,):
-        if item is None:
-            continue
-        if item is Ellipsis or isinstance(item, slice):
-            items.append(item)
-        elif isinstance(item, (int, np.integer)) and not isinstance(item, bool):
-            items.append(index(item))
-        else:
-            chosen = np.asarray(item)
-            if chosen.dtype == np.bool_:
-                axis = sum(1 for known in items if known is not Ellipsis)
-                if chosen.shape != array.shape[axis : axis + chosen.ndim] and Ellipsis not in items:
-                    raise IndexError(f"a mask of shape {chosen.shape} does not fit {array.shape}")
-                items.extend(chosen.nonzero())
-            elif chosen.dtype.kind in "iu" or chosen.size == 0:
-                items.append(chosen.astype(np.int64))
-            else:
-                raise IndexError("an index is integers, slices, masks, None or an ellipsis")
-    known = sum(1 for item in items if item is not Ellipsis)
-    if known > array.ndim or known < len(items) - 1:
+def _expand(array: npt.NDArray[Any], key: Any) -> tuple[list[Any], list[npt.NDArray[np.int64]]]:
+    """One slice or array of integers for each axis; and arrays of no axis, for masks without dimensions."""
+    items = [_checked(item) for item in (key if isinstance(key, tuple) else (key,)) if item is not None]
+    ellipses = sum(item is Ellipsis for item in items)
+    left = array.ndim - sum(_axes(item) for item in items)
+    if left < 0 or ellipses > 1:
         raise IndexError(f"too many indices for an array of {array.ndim} dimensions")
-    full = [slice(None)] * (array.ndim - known)
-    for i, item in enumerate(items):
+    expanded: list[Any] = []
+    lone = []
+    for item in items if ellipses else [*items, Ellipsis]:
         if item is Ellipsis:
-            return items[:i] + full + items[i + 1 :]
-    return items + full
+            expanded += [slice(None)] * left
+        elif not _is_mask(item):
+            expanded.append(item)
+        elif item.ndim == 0:
+            lone.append(np.zeros(int(item), np.int64))
+        else:
+            shape = array.shape[len(expanded) : len(expanded) + item.ndim]
+            if item.shape != shape:
+                raise IndexError(f"a mask of shape {item.shape} does not fit axes of {shape}")
+            expanded += item.nonzero()
+    return expanded, lone
 
 
-def _merge(firsts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Pages:
+def _checked(item: Any) -> Any:
+    """An ellipsis, a slice, a mask, or integers."""
+    if item is Ellipsis or isinstance(item, slice):
+        return item
+    chosen = np.asarray(item)
+    if chosen.dtype == np.bool_:
+        return chosen
+    if chosen.dtype.kind in "iu" or (chosen.size == 0 and not isinstance(item, np.ndarray)):
+        return chosen.astype(np.int64)
+    raise IndexError("an index is integers, slices, masks, None or an ellipsis")
+
+
+def _axes(item: Any) -> int:
+    if item is Ellipsis:
+        return 0
+    return int(item.ndim) if _is_mask(item) else 1
+
+
+def _is_mask(item: Any) -> bool:
+    return isinstance(item, np.ndarray) and item.dtype == np.bool_
+
+
+def merge(firsts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Pages:
     """Sorted, with those joined that touch or overlap."""
+    if len(firsts) == 0:
+        return firsts.astype(np.uint64), ends.astype(np.uint64)
     order = np.argsort(firsts, kind="stable")
     firsts, ends = firsts[order], np.maximum.accumulate(ends[order])
     begins = np.ones(len(firsts), np.bool_)

@@ -55,6 +55,7 @@ class Hold(NamedTuple):
 
     budget: Budget
     written: bool
+    written_back: bool
     first_byte: int
     end_byte: int
     patience: float
@@ -213,7 +214,9 @@ class FaultService:
             )
             served = Served(source, region.id, pages, unit, ahead, huge, start)
             if hold is not None:
-                served.hold_to(hold.budget, region.start, region._userfaultfd.fileno(), *hold[1:])
+                served.hold_to(
+                    hold.budget, region.start, region._userfaultfd.fileno(), engine.pagemap, *hold[1:]
+                )
             if served.may_wait:
                 engine.employ(self._workers, self._placement)
             engine.attach(region.start, region.length, served)
