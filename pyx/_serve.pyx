@@ -111,20 +111,18 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
         wake(&loop.worker, pages[0], pages[0] + PAGE_SIZE)
     parked = loop.worker.counters.parked - parked
     n_faults = 0 if handed or parked >= n_faults else n_faults - parked
-    if parked and mode:
+    if (parked or handed) and mode:
         # These sleep on; so only those whose pages came are woken.
         flush(loop)
-        page = want
-        while page < want_end:
-            stop = first_missing(served, page, want_end)
-            if stop > page:
-                wake(&loop.worker, entry.base + page * PAGE_SIZE, entry.base + stop * PAGE_SIZE)
-            page = missing_end(served, stop, want_end)
+        wake_come(loop, entry, served, want, want_end)
         count_latency(&loop.worker, served, n_faults, now() - loop.worker.since)
-        return i
-    note_due(loop, served, entry.base + want * PAGE_SIZE, entry.base + want_end * PAGE_SIZE, n_faults, mode)
-    if end - first > LONG_RUN:
-        flush(loop)
+        if parked:
+            return i
+    else:
+        note_due(loop, served, entry.base + want * PAGE_SIZE, entry.base + want_end * PAGE_SIZE, n_faults,
+                 mode)
+        if end - first > LONG_RUN:
+            flush(loop)
     if served.unit > served.chunk:
         # The rest of a unit that is larger than a huge page follows.
         set_goal(loop, served.id, entry.base + max(low, first - first % served.unit) * PAGE_SIZE,
@@ -133,6 +131,19 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
     elif ahead > end:
         set_goal(loop, served.id, entry.base + end * PAGE_SIZE, entry.base + ahead * PAGE_SIZE, False)
     return i
+
+
+cdef void wake_come(loop_t *loop, const entry_t *entry, const served_t *served, uint64_t first,
+                    uint64_t end) noexcept nogil:
+    """Wake who sleeps at those of the pages [first, end) that are there."""
+    cdef uint64_t stop
+    while first < end:
+        stop = first
+        while stop < end and is_set(served.resident, stop):
+            stop += 1
+        if stop > first:
+            wake(&loop.worker, entry.base + first * PAGE_SIZE, entry.base + stop * PAGE_SIZE)
+        first = stop + 1
 
 
 cdef inline uint64_t chunk_start(const served_t *served, uint64_t page) noexcept nogil:

@@ -205,8 +205,8 @@ cdef class Served:
         """Hold it to the budget, before it is attached: memory at `base` that stays there, of `fd`.
 
         `written`: its write-protect faults are changes. `written_back`: those of [first_byte, end_byte) go to
-        the source; others are this process's own. `patience`: seconds in which a failing source is asked again.
-        `name`: for stderr.
+        the source; others are this process's own. `patience`: seconds in which a source that fails is asked
+        again. `name`: for stderr.
         """
         cdef size_t words = self.c.n_pages // 64 + 1
         self.name = name

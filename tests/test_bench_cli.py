@@ -9,17 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import arrays_workloads
 import baseline
+import compare
 import lab_read
 import serve_contenders
 import serve_turns
 import userfault as uf
-from userfault.cli import bench, bench_report, bench_script, bench_serve_report
+from userfault.cli import bench, bench_array_report, bench_report, bench_script, bench_serve_report
 from userfault.cli.app import cli
-from userfault.plot import read_cost
+from userfault.plot import array_cost, read_cost
 
 ROOT = Path(__file__).parents[1]
 MAIN = "from userfault.cli import main; main()"
@@ -68,13 +71,14 @@ def test_what_it_does_not_accept(arguments: list[str], says: str) -> None:
         (["--plot", "f.gif"], "must end in .png, .svg or .pdf"),
     ],
 )
-def test_what_serve_does_not_accept(arguments: list[str], says: str) -> None:
-    result = CliRunner().invoke(cli, ["bench", "serve", *arguments])
+@pytest.mark.parametrize("command", ["serve", "array"])
+def test_what_serve_and_array_do_not_accept(command: str, arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(cli, ["bench", command, *arguments])
     assert result.exit_code == 2
     assert says in " ".join(result.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["read", "serve"])
+@pytest.mark.parametrize("command", ["read", "serve", "array"])
 def test_outside_a_checkout_it_says_so(command: str, tmp_path: Path) -> None:
     done = run(command=command, cwd=tmp_path)
     assert done.returncode == 1
@@ -85,7 +89,7 @@ def test_the_checkout_is_found_from_below() -> None:
     assert bench_script.checkout(ROOT / "bench" / "lab") == ROOT / "bench"
 
 
-@pytest.mark.parametrize("command", ["read", "serve"])
+@pytest.mark.parametrize("command", ["read", "serve", "array"])
 def test_without_matplotlib_it_says_what_to_install(command: str) -> None:
     done = run("--plot", "x.png", command=command, before="import sys; sys.modules['matplotlib'] = None")
     assert done.returncode == 1
@@ -157,6 +161,65 @@ def test_a_quick_run_of_serve(tmp_path: Path) -> None:
     }
     goals = [figure["met"] for row in facts["serve"] for figure in row["figures"] if figure["goal"]]
     assert f"{sum(goals)} of {len(goals)} goals are met." in done.stdout
+
+
+@pytest.mark.usefixtures("needs_uffd")
+def test_a_quick_run_of_array(tmp_path: Path) -> None:
+    document, picture = tmp_path / "f.json", tmp_path / "f.png"
+    options = ["--quick", "--rounds", "1", "--json", str(document), "--plot", str(picture)]
+    done = run(*options, command="array")
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    facts = json.loads(document.read_text())
+    assert facts["rounds"] == 1
+    assert facts["quick"]
+    found: dict[tuple[str, str], set[str]] = {}
+    for row in facts["array"]:
+        found.setdefault((row["workload"], row["case"]), set()).add(row["contender"])
+    assert found == {
+        ("scan", "sum of all"): {"lazy", "lazy, 2 MiB", "fromfile", "memmap"},
+        ("scan", "first element"): {"lazy", "lazy, 2 MiB", "fromfile", "memmap"},
+        ("gather", "1,000 elements"): {"lazy", "lazy, pair", "lazy, prefetch", "fromfile", "memmap"},
+        ("threads", "random pages, 4 threads"): {"lazy", "memmap", "pread in C", "os.pread"},
+        ("limit", "scan"): {"limited", "no limit"},
+        ("limit", "random pages"): {"limited", "no limit"},
+        ("limit", "resident, scan"): {"limited"},
+        ("limit", "resident, 8 threads"): {"limited"},
+        ("inflate", "sum of all"): {"lazy", "all, Python", "all, C"},
+        ("inflate", "1,000 elements"): {"lazy", "lazy, prefetch", "all, Python", "all, C"},
+    }
+    figures = [figure for row in facts["array"] for figure in row["figures"]]
+    assert any("limit of 3.2 MiB" in figure["what"] for figure in figures)  # a tenth of the little
+    goals = [figure["met"] for figure in figures if figure["goal"]]
+    assert len(goals) == 7
+    assert f"{sum(goals)} of {len(goals)} goals are met." in done.stdout
+
+
+def test_goals_of_array_in_words_and_drawn(tmp_path: Path) -> None:
+    seconds = {"lazy": np.array([0.2, 0.3]), "fromfile": np.array([0.4, 0.5]), "memmap": np.array([0.1, 0.1])}
+    case = arrays_workloads.Case("scan", "sum of all", compare.Comparison(seconds), "ms", 1e3)
+    rows = case.rows()
+    rows["lazy"]["figures"] = [
+        case.time("lazy", "fromfile", 0.5),
+        case.percent("lazy", "fromfile", 60),
+        case.more("lazy", "memmap", 100),
+        case.time("lazy", "memmap"),
+    ]
+    assert rows["lazy"]["best"] == pytest.approx(200)
+    assert rows["lazy"]["median"] == pytest.approx(250)
+    figures = rows["lazy"]["figures"]
+    assert [figure["value"] for figure in figures] == pytest.approx([0.55, 55, 150, 2.5])
+    assert [figure["of_bests"] for figure in figures] == pytest.approx([0.5, 50, 100, 2])
+    assert [figure["met"] for figure in figures] == [False, True, False, None]
+    assert [figure["at"] for figure in figures[:3]] == pytest.approx([225, 270, 200])
+    assert bench_array_report.verdict(list(rows.values())).splitlines() == [
+        "1 of 3 goals are met.",
+        "Missed: scan, sum of all: time of lazy / fromfile 0.55 (goal <= 0.5)",
+        "Missed: scan, sum of all: lazy beyond memmap, % 150 (goal <= 100)",
+    ]
+    facts = {"kernel": "6.18", "processor": "some", "rounds": 2, "array": list(rows.values())}
+    array_cost(facts, str(tmp_path / "array.png"))
+    assert (tmp_path / "array.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def served_rows() -> list[dict[str, Any]]:

@@ -806,3 +806,27 @@ def test_no_memory_for_zeros(shimmed: Nursery, call: str) -> None:
         """),
         call=call,
     )
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 and os.environ.get("CI") != "true", reason="locking so much needs CAP_IPC_LOCK"
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_locked_memory_is_no_memory_of_zeros(run: Run, when: str) -> None:
+    """mlockall(MCL_FUTURE) has new mappings filled at once: with zeros, if they are not registered yet."""
+    good(
+        run(
+            """
+            lock = lambda: ctypes.CDLL(None).mlockall(2)
+            assert WHEN == "after" or lock() == 0
+            a = uf.lazy_array(uf.sources.Buffer(data), mode="c", memory_limit=1 << 20)
+            with uf.Userfaultfd() as u, uf.FaultService(u) as service:
+                region = u.map(data.nbytes)
+                service.serve(region, uf.sources.Buffer(data))
+                assert WHEN == "before" or lock() == 0
+                assert (a == data).all() and (region.array == data).all()
+            print("good")
+            """,
+            WHEN=when,
+        )
+    )

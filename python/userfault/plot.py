@@ -165,3 +165,60 @@ def _fill(ax: Axes, rows: list[Row]) -> None:
     ax.bar_label(bars, fmt="{:,.0f}", fontsize=8.5)
     ax.invert_yaxis()
     ax.set(title="A whole region", xlabel="ns a page")
+
+
+_ARRAY_TITLES = {
+    "scan": "A file: {}",
+    "gather": "A file: {}",
+    "threads": "A file: {}",
+    "limit": "A tenth in memory: {}",
+    "inflate": "zlib: {}",
+}
+_OURS, _LINES = ("lazy", "limited"), ("#d55e00", "#009e73")
+
+
+def array_cost(facts: dict[str, Any], path: str) -> None:
+    """Draw what `userfault bench array` measured: a panel for each comparison, and the goals as lines."""
+    import matplotlib as mpl
+
+    rows = facts["array"]
+    # How much is in memory stands in the table: it is compared with no rival.
+    compared = [row for row in rows if not row["case"].startswith("resident")]
+    panels = list(dict.fromkeys((row["workload"], row["case"]) for row in compared))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(13, 5.6), dpi=160, layout="constrained")
+        axes = list(figure.subplots(2, -(-len(panels) // 2), squeeze=False).flat)
+        for ax, (workload, case) in zip(axes, panels, strict=False):
+            mine = [row for row in rows if (row["workload"], row["case"]) == (workload, case)]
+            _contenders(ax, mine)
+            ax.set_title(_ARRAY_TITLES[workload].format(case))
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        lines = [Line2D([], [], color=colour, ls="--") for colour in _LINES]
+        names = ["a goal, missed", "a goal, met"]
+        figure.legend(lines, names, frameon=False, loc="outside lower center", ncols=2)
+        figure.suptitle(
+            f"Linux {facts['kernel']}, {facts['processor']}: the median of {facts['rounds']} rounds",
+            fontsize=11,
+        )
+        figure.savefig(path)
+
+
+def _contenders(ax: Axes, rows: list[Row]) -> None:
+    """A bar for each contender, and across it the line that it should not pass."""
+    medians = [row["median"] for row in rows]
+    colours = [_PALETTE[0] if row["contender"].startswith(_OURS) else "0.65" for row in rows]
+    ax.barh([row["contender"] for row in rows], medians, 0.7, color=colours)
+    if max(medians) > 20 * min(medians):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    ax.margins(x=0.3)
+    for i, row in enumerate(rows):
+        # Beyond the longest bar, where no line is in the way.
+        text = f"{row['median']:,.0f}" if row["median"] >= 100 else f"{row['median']:.2g}"
+        ax.text(1.02, i, text, transform=ax.get_yaxis_transform(), ha="right", va="center")
+        for goal in row["figures"]:
+            if goal["goal"]:
+                ax.vlines(goal["at"], i - 0.45, i + 0.45, color=_LINES[goal["met"]], ls="--", zorder=3)
+    ax.invert_yaxis()
+    ax.set_xlabel(rows[0]["unit"].replace("us/", "µs a "))

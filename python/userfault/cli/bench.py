@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from userfault.cli import bench_report, bench_script
+from userfault.cli.bench_array import array
 from userfault.cli.bench_serve import serve
 
 WIRES = ("v1", "v2", "msg")
@@ -99,3 +100,4 @@ def read(
 
 
 bench.add_command(serve)
+bench.add_command(array)
