@@ -61,7 +61,7 @@ def service_for(placement: Placement) -> FaultService:
                 userfaultfd = Userfaultfd("msg")
             except UnsupportedError:
                 userfaultfd = Userfaultfd()
-            workers = min(_MOST_WORKERS, max(1, len(os.sched_getaffinity(0)) - 1))
+            workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
             service = _services[placement] = FaultService(userfaultfd, workers, placement=placement)
         return service
 
