@@ -143,6 +143,8 @@ class FaultService:
     @property
     def children(self) -> int:
         """How many fork children are followed; one that has exited counts for up to a second more."""
+        for engine in self._engines:
+            engine.settle()  # fork() returns when its record is read, and before it is heeded
         return sum(engine.children for engine in self._engines)
 
     def map(self, length: int) -> Region:
