@@ -24,7 +24,7 @@ import numpy as np
 from userfault._abi cimport (
     UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_UNMAP,
     add_int, aligned_alloc, c_close, getpid, load_int, msg_record, now, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int_if,
+    pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int_if, usleep,
 )
 from userfault._ahead cimport (
     ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t,
@@ -449,8 +449,10 @@ BUCKET_STARTS = np.array([bucket_start(i) for i in range(LATENCIES)], np.uint64)
 
 cdef int wait_for_workers(served_t *served) except -1:
     """Worker threads that took up a job of it before it was let go come to its end."""
-    while load_int(&served.users):
-        time.sleep(20e-6)
+    # Not in Python, where a signal handler may raise: the memory would go while it is being filled.
+    with nogil:
+        while load_int(&served.users):
+            usleep(20)
 
 
 cdef object no_thread(int err):

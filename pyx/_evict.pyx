@@ -140,6 +140,12 @@ cdef int write_back(served_t *served, uint64_t first, uint64_t end) noexcept nog
         if first == end:
             break
         stop = min(stop, first + MOST_WRITTEN)
+        # Of a page that came and went at once, the note that it came may be the last: reading it here would
+        # wait for room that is ours to make.
+        look(served, hold.pagemap, hold.base, first, stop)
+        first = next_run(served, first, stop, True, &stop)
+        if first == stop:
+            continue
         at = hold.base + first * PAGE_SIZE
         result = uffd_writeprotect(hold.fd, at, (stop - first) * PAGE_SIZE, UFFDIO_WRITEPROTECT_MODE_WP)
         if result == 0:
@@ -164,7 +170,8 @@ cdef int write_back(served_t *served, uint64_t first, uint64_t end) noexcept nog
         if result != 0:
             worst = result
             store_int(&hold.write_error, -result)
-            say(hold, "cannot be written back, and stays in memory", first * PAGE_SIZE, -result)
+            say(hold, "cannot be written back, and stays in memory", first * PAGE_SIZE, -result,
+                &hold.warned)
         else:
             store_int(&hold.write_error, 0)
             count(&served.counters.written, stop - first)
@@ -360,6 +367,8 @@ def evict(Served served not None, const uint64_t[::1] firsts, const uint64_t[::1
                 # The reading thread may be waiting for the lock.
                 end = min(at + AT_ONCE, ends[i])
                 pthread_mutex_lock(&c.hold.budget.lock)
+                # What has just come may not be noted yet.
+                look(c, c.hold.pagemap, c.hold.base, at, end)
                 if c.source.write != NULL and any_changed(c, at, end):
                     result = write_back(c, at, end)
                     error = -result if result else error

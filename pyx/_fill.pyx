@@ -5,7 +5,7 @@ already is filled into it and copied from there; a whole huge page is moved from
 instead, which costs no copy and leaves the region mapped huge.
 """
 
-from libc.errno cimport EBUSY, EAGAIN, EINVAL, ENODATA, ENOENT
+from libc.errno cimport EBUSY, EAGAIN, EINVAL, ENOBUFS, ENODATA, ENOENT
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport abort
 from libc.string cimport memset
@@ -372,7 +372,8 @@ cdef void lose(worker_t *worker, const entry_t *entry, served_t *served, uint64_
         store_u64(&served.source_error, error)
     if served.hold != NULL and now() - worker.since < served.hold.patience:
         if served.hold.retry_at == 0 and max(first, want) < min(end, want_end):
-            say(served.hold, "cannot be had yet, and is asked for again", max(first, want) * PAGE_SIZE, error)
+            say(served.hold, "cannot be had yet, and is asked for again", max(first, want) * PAGE_SIZE, error,
+                &served.hold.warned)
         served.hold.retry_at = now() + RETRY_NS
         park_wanted(worker, entry, served, first, end, want, want_end)
         return
@@ -393,7 +394,11 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
     if served != NULL:
         number = (page - entry.base) // PAGE_SIZE
         if served.hold != NULL:
-            say(served.hold, "cannot be had", number * PAGE_SIZE, error)
+            if stage == LIMIT and error == ENOBUFS:
+                say(served.hold, "cannot be had: its memory_limit is full of changed pages that cannot go",
+                    number * PAGE_SIZE, 0, &served.hold.lost)
+            else:
+                say(served.hold, "cannot be had", number * PAGE_SIZE, error, &served.hold.lost)
     if watched:
         # What was to be written there does not come: nothing is to be written back. (Where changes are
         # watched nothing moves, and `claim` takes no lock.)

@@ -34,6 +34,7 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_wait(int epoll, epoll_event *events, int room, int milliseconds)
 
 DEF RETRY_NS = 1000000     # until what was parked is tried again
+DEF ALIKE_NS = 100000000   # between faults that are served as one batch
 DEF SPIN_NS = 200000       # without a fault, until the thread sleeps
 DEF LEASE_NS = 10000000    # until a lease is looked after
 DEF CHILDREN = 32          # served between two looks at our own faults
@@ -290,7 +291,7 @@ cdef void unpark_in_time(loop_t *loop) noexcept nogil:
 cdef void unpark(loop_t *loop) noexcept nogil:
     """Serve everything parked; what must wait longer is parked anew."""
     cdef size_t n, i
-    cdef int64_t since
+    cdef int64_t since, age
     cdef uint64_t lost_from, lost_to
     cdef space_t *space
     pthread_mutex_lock(&loop.desk.lock)
@@ -314,6 +315,10 @@ cdef void unpark(loop_t *loop) noexcept nogil:
             continue
         i = 0
         while n and i < CAPACITY and not loop.parked[n - 1].protected and loop.parked[n - 1].space == space:
+            # Each has its own patience.
+            age = since - loop.parked[n - 1].since
+            if i and (age > ALIKE_NS or -age > ALIKE_NS):
+                break
             n -= 1
             since = min(since, loop.parked[n].since)
             loop.pages[i] = loop.parked[n].page

@@ -8,11 +8,12 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport EAGAIN, ENOMEM, errno
 from libc.stdint cimport int64_t, uint64_t
 
-from userfault._abi cimport getpid
+from userfault._abi cimport getpid, load_int, usleep
 from userfault._descriptor cimport Descriptor
 from userfault._errno cimport error_for
 from userfault._ioctl cimport check_range, uffd_unregister
-from userfault._regions cimport RegionTable
+from userfault._regions cimport RegionTable, quiesce
+from userfault._served cimport served_t
 from userfault._tree cimport cut, entry_t, list_range, lock_tree, unlock_tree
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -111,6 +112,12 @@ cdef class Mapping:
                 if found and piece.id == self.region and piece.base == self.start:
                     # First unregister: with the unmap event on, munmap would wait for a reader.
                     uffd_unregister(self.descriptor.fd, piece.start, piece.end - piece.start)
+                    if piece.payload != NULL:
+                        # Whoever should have detached it was interrupted: nobody may still be filling it, or
+                        # what comes to lie here next.
+                        quiesce(&self.table.tree)
+                        while load_int(&(<served_t *>piece.payload).users):
+                            usleep(20)
                     munmap(<void *>piece.start, piece.end - piece.start)
                 at = piece.end
         if self.descriptor is not None:

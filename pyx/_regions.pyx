@@ -5,13 +5,12 @@ from libc.errno cimport EEXIST
 from libc.stdint cimport INT64_MAX, UINT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 
-import time
 
 import numpy as np
 
 from userfault._abi cimport (
     UFFD_EVENT_PAGEFAULT, UFFD_PAGEFAULT, WIRE_MSG, WIRE_V2, msg_record, v1_record,
-    v2_record,
+    usleep, v2_record,
 )
 from userfault._ioctl cimport PAGE_SIZE, as_u64, check_range
 from userfault._tree cimport (
@@ -342,10 +341,12 @@ cdef size_t drop_payloads(tree_t *tree) except? 0:
 cdef int quiesce(tree_t *tree) except -1:
     """Wait until every reader that is inside now has left, and so lets go of the payloads it found."""
     cdef uint64_t target = tree.epoch + 2
-    while True:
-        lock_tree(tree)
-        advance(tree)
-        unlock_tree(tree)
-        if tree.epoch >= target:
-            return 0
-        time.sleep(20e-6)
+    # Not in Python, where a signal handler may raise.
+    with nogil:
+        while tree.epoch < target:
+            lock_tree(tree)
+            advance(tree)
+            unlock_tree(tree)
+            if tree.epoch < target:
+                usleep(20)
+    return 0

@@ -3,7 +3,6 @@
 It is written by the engine's threads, with neither the GIL nor malloc.
 """
 
-from libc.errno cimport ENOBUFS
 from libc.stdint cimport uint64_t
 from libc.stdio cimport snprintf
 
@@ -25,8 +24,6 @@ cdef int fill_in() except -1:
     cdef int i
     for i in range(ERRNOS):
         text = os.strerror(i).encode()
-        if i == ENOBUFS:
-            text = b"its memory_limit is full of changed pages that have nowhere to go"
         kept.append(text)
         texts[i] = <const char *>text
     return 0
@@ -35,19 +32,24 @@ cdef int fill_in() except -1:
 fill_in()
 
 
-cdef void say(hold_t *hold, const char *what, uint64_t offset, int error) noexcept nogil:
-    """One line: the array, the offset in it in bytes, what is wrong, and the error."""
+cdef void say(hold_t *hold, const char *what, uint64_t offset, int error, int *lines) noexcept nogil:
+    """One line: the array, the offset in it in bytes, what is wrong, and the error (0: that says it all).
+
+    `lines` counts those of its kind, which become no more than 20."""
     cdef char line[LONGEST]
     cdef const char *text = "unknown error"
+    cdef const char *colon = ": "
     cdef const char *end = ""
-    cdef int n, lines = add_int(&hold.said, 1)
-    if lines > MOST_LINES:
+    cdef int n, so_far = add_int(lines, 1)
+    if so_far > MOST_LINES:
         return
-    if 0 <= error < ERRNOS:
+    if error == 0:
+        colon = text = ""
+    elif 0 < error < ERRNOS:
         text = texts[error]
-    if lines == MOST_LINES:
+    if so_far == MOST_LINES:
         end = " (no more is said of it)"
     offset -= min(offset, hold.first_byte)
-    n = snprintf(line, LONGEST, "userfault: %s: byte %llu %s: %s%s\n", hold.name, <unsigned long long>offset,
-                 what, text, end)
+    n = snprintf(line, LONGEST, "userfault: %s: byte %llu %s%s%s%s\n", hold.name, <unsigned long long>offset,
+                 what, colon, text, end)
     c_write(2, line, min(n, LONGEST - 1))

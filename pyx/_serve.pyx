@@ -63,6 +63,9 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
     cdef uint64_t want = page, want_end = page, first, start, end, stop, ahead, parked, n_faults = 0
     cdef size_t i = 0
     cdef bint handed = False, there
+    if served.hold != NULL:
+        # What comes may have been let go of again before it is looked at: so each call wakes for itself.
+        mode = 0
     if page >= served.n_pages:
         fill_grown(&loop.worker, entry, pages[0], mode)
         note_due(loop, NULL, pages[0], pages[0] + PAGE_SIZE, 1, mode)

@@ -9,11 +9,11 @@ wrongly set keeps read-ahead away from a page, whose own fault is served all the
 from libc.stdint cimport UINT64_MAX, uint64_t
 from libc.stdlib cimport calloc, free
 
-import time
-
 import numpy as np
 
-from userfault._abi cimport load_int, load_u64, pread, pthread_mutex_lock, pthread_mutex_unlock, store_u64
+from userfault._abi cimport (
+    load_int, load_u64, pread, pthread_mutex_lock, pthread_mutex_unlock, store_u64, usleep,
+)
 from userfault._bits cimport mask, n_set, set_bits
 from userfault._budget cimport BLOCK_PAGES, Budget
 from userfault._hold cimport believe, leave_budget
@@ -190,8 +190,9 @@ cdef class Served:
             raise MemoryError
 
     def __dealloc__(self):
-        if self.hold.member >= 0 and self.c.hold != NULL:
-            leave_budget(&self.hold)  # it was never attached
+        # Unless it has: of one that could not be attached.
+        while self.c.hold != NULL and not leave_budget(&self.hold):
+            usleep(20)
         free(self.c.resident)
         free(self.c.coming)
         free(self.c.streams)
@@ -245,8 +246,9 @@ cdef class Served:
 
     def leave_budget(self):
         """Count there no more. The region is detached: nobody fills it."""
-        while self.c.hold != NULL and not leave_budget(&self.hold):
-            time.sleep(20e-6)  # somebody who makes room for others writes back what is changed of it
+        with nogil:
+            while self.c.hold != NULL and not leave_budget(&self.hold):
+                usleep(20)  # somebody who makes room for others writes back what is changed of it
 
     @property
     def may_wait(self):

@@ -549,3 +549,39 @@ def test_what_is_being_written_back_makes_room_soon(child: Child) -> None:
         assert not failed, failed
         """,
     )
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_nobody_is_left_asleep(child: Child, tmp_path: Path, mode: str) -> None:
+    """Many threads at once, each at a page of its own that goes as soon as it has come; workers too."""
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(16 * MIB))
+    done = child(
+        f"""
+        how = dict(mode={mode!r}, page_bytes=16 * PAGE, memory_limit=1 << 20, readahead=0)
+        a = uf.lazy_array({str(path)!r}, **how)
+        descriptor = os.open({str(path)!r}, os.O_RDONLY)
+        os.fsync(descriptor)
+        threading.stack_size(128 << 10)
+        rounds, stop = [0] * 200, False
+        def toucher(i):
+            offsets = np.full(100, i * 16 * PAGE, np.uint64)
+            while not stop:
+                uf.touch(a, offsets)
+                rounds[i] += 1
+        threads = [threading.Thread(target=toucher, args=(i,), daemon=True) for i in range(200)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + 50
+        for _ in range(40):
+            before = list(rounds)
+            while any(now == then for now, then in zip(rounds, before)):
+                assert time.monotonic() < deadline, sum(now == then for now, then in zip(rounds, before))
+                os.posix_fadvise(descriptor, 9 << 20, 0, os.POSIX_FADV_DONTNEED)
+                a.evict()
+                time.sleep(0.001)
+        print("good", flush=True)
+        os._exit(0)
+        """
+    )
+    assert done.stdout == "good\n", (done.returncode, done.stderr)

@@ -756,3 +756,29 @@ def test_the_storm(tmp_path: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, err.read_text()
     assert json.loads(out.read_text())["operations"]["reopen"]
+
+
+def test_a_signal_handler_that_flushes(child: Child) -> None:
+    """Whichever lock the interrupted flush holds, the handler's own comes to its end."""
+    done = child(
+        """
+        store = np.zeros(4 * PAGE, np.uint8)
+        a = uf.lazy_array(uf.sources.Buffer(store), mode="r+")
+        n = 0
+        def handler(*_):
+            global n
+            a[n] += 1
+            a.flush()
+            n += 1
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+        while n < 500:
+            a[PAGE] = 1
+            a.flush()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        a.close()
+        assert (store[:500] == 1).all() and store[PAGE] == 1
+        print("good")
+        """
+    )
+    assert done.stdout == "good\n", (done.returncode, done.stderr)

@@ -159,6 +159,7 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *data, size_t count, long offset)
     long sysconf(int name)
     int getpid()
+    int usleep(unsigned int microseconds)
     int _SC_PAGESIZE
 
 cdef extern from *:

@@ -52,7 +52,8 @@ ctypedef struct hold_t:
     int write_error        # errno of the last page that could not be written back; 0
     int64_t patience       # ns that a page which the source does not give is tried again; 0: it fails at once
     int64_t retry_at
-    int said               # lines on stderr
+    int warned             # lines on stderr: of what may yet be mended
+    int lost               # of pages that cannot be had
     const char *name
 
 # How one region is served; the payload of its pieces in the table. All counts are pages, from its offset 0.

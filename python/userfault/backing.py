@@ -137,7 +137,7 @@ class Backing:
         self._service = service
         self._pagemap = service._engine_of(region).pagemap
         self._pid = os.getpid()
-        self._flushing = threading.Lock()
+        self._flushing = threading.RLock()  # a signal handler may flush too
         mapping: Any = region._memory
         # The last view's death ends it, whether it is one of ours or, say, a tensor's.
         self._end = weakref.finalize(
@@ -225,7 +225,12 @@ class Backing:
                 )
             if refused and refused == self._served.write_error:
                 raise self._not_written(refused)
-            if refused == errno.ENOBUFS:
+            if limit is not None and refused not in (0, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS):
+                raise LimitError(
+                    f"{self.name}: its memory_limit of {limit} bytes is full of changes that could not be "
+                    f"written back: {os.strerror(refused)}"
+                )
+            if limit is not None and refused == errno.ENOBUFS:
                 raise LimitError(
                     f"{self.name}: its memory_limit of {limit} bytes is full of changed pages that have "
                     "nowhere to go"
@@ -250,9 +255,6 @@ class Backing:
         """Let go of the pages, and first write back what is changed of them; how many bytes."""
         self.check()
         firsts, ends = self._whole(pages, _HUGE_PAGES) if self.huge else pages
-        if len(firsts):
-            # What has just come may not be noted yet.
-            self._served.resync(self._pagemap, self.start, int(firsts[0]), int(ends[-1]))
         n, error = _evict.evict(self._served, firsts, ends)
         if error:
             raise self._not_written(error)
@@ -276,13 +278,15 @@ class Backing:
         if self.closed or os.getpid() != self._pid:
             return
         self.flush(True)
+        try:
+            self._region.close()
+        finally:
+            self._end()
         if self._write is not None:
             self._write.detach()
-        self._region.close()
-        self._end()
 
 
-def _write_back(served: Served, flushing: threading.Lock, fsync: bool) -> int:
+def _write_back(served: Served, flushing: contextlib.AbstractContextManager[bool], fsync: bool) -> int:
     """0 or errno."""
     with flushing:
         error = _evict.flush(served)
@@ -293,7 +297,9 @@ def _write_back(served: Served, flushing: threading.Lock, fsync: bool) -> int:
         return error or (_evict.sync(served) if fsync else 0)
 
 
-def _write_all(served: Served, flushing: threading.Lock, pid: int, name: str) -> None:
+def _write_all(
+    served: Served, flushing: contextlib.AbstractContextManager[bool], pid: int, name: str
+) -> None:
     """The last view is gone, or the process exits."""
     if os.getpid() == pid:
         error = _write_back(served, flushing, True)

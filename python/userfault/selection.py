@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from userfault._consts import PAGE_SIZE
 
-_MOST_RUNS = 1 << 26
+_MOST_RUNS = 1 << 20
 
 Pages = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
 
