@@ -48,7 +48,7 @@ cdef inline uint64_t stop_of(const entry_t *entry, const served_t *served, uint6
                              uint64_t end) noexcept nogil:
     """Where to stop for now with a long run from `first` to `end`: between units, between huge pages."""
     cdef uint64_t stop = first - first % served.granule + served.granule, huge
-    if served.huge:
+    if served.huge and served.granule <= HUGE_PAGES:
         huge = first + HUGE_PAGES - (entry.base // PAGE_SIZE + first) % HUGE_PAGES
         if huge - first == HUGE_PAGES <= end - first:
             return huge

@@ -24,7 +24,7 @@ import numpy as np
 from userfault._abi cimport (
     UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_UNMAP,
     add_int, aligned_alloc, c_close, getpid, load_int, msg_record, now, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int_if, usleep,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_int, swap_int_if, usleep,
 )
 from userfault._ahead cimport (
     ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t,
@@ -55,6 +55,7 @@ cdef extern from "<sys/epoll.h>" nogil:
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_detach(pthread_t thread)
+    int pthread_mutex_trylock(pthread_mutex_t *mutex)
 
 cdef extern from "<unistd.h>" nogil:
     int gettid()
@@ -78,9 +79,19 @@ assert FAILURE_DTYPE.itemsize == sizeof(failure_t)
 assert sizeof(counters_t) == 8 * (len(COUNTERS) + ERRNOS + LATENCIES)
 
 
-cdef bint visit(Engine engine, served_t *served, uint64_t first, uint64_t end) noexcept nogil:
+cdef int enter_visitor(Engine engine) noexcept nogil:
+    """A visitor that no other thread uses, locked."""
+    cdef int i
+    for i in range(VISITORS):
+        if pthread_mutex_trylock(&engine.visiting[i]) == 0:
+            return i
+    pthread_mutex_lock(&engine.visiting[0])
+    return 0
+
+
+cdef bint visit(Engine engine, worker_t *worker, served_t *served, uint64_t first,
+                uint64_t end) noexcept nogil:
     """Fill the pages [first, end) in the calling thread; False: nobody serves them any more."""
-    cdef worker_t *worker = &engine.visitor
     cdef tree_t *tree = &engine.table.tree
     cdef int ticket = enter(tree)
     cdef entry_t entry
@@ -121,6 +132,7 @@ cdef class Engine:
     def __cinit__(self, Descriptor descriptor not None, RegionTable table not None, api, bint can_poison,
                   bint can_move, uint64_t events):
         cdef loop_t *loop = &self.loop
+        cdef int i
         self.pid = getpid()
         loop.own.pagemap = loop.epoll = -1
         loop.own.own = True
@@ -139,10 +151,12 @@ cdef class Engine:
         loop.own.tree = &table.tree
         loop.desk.can_poison = can_poison
         loop.worker.desk = &loop.desk
-        loop.worker.space = self.visitor.space = &loop.own
-        self.visitor.desk = &loop.desk
-        self.visitor.guarded = self.visitor.visits = True
-        pthread_mutex_init(&self.visiting, NULL)
+        loop.worker.space = &loop.own
+        for i in range(VISITORS):
+            self.visitors[i].space = &loop.own
+            self.visitors[i].desk = &loop.desk
+            self.visitors[i].guarded = self.visitors[i].visits = True
+            pthread_mutex_init(&self.visiting[i], NULL)
         loop.may_spin = len(os.sched_getaffinity(0)) > 1
         pthread_mutex_init(&loop.desk.lock, NULL)
         pthread_mutex_init(&loop.desk.layout, NULL)
@@ -171,10 +185,12 @@ cdef class Engine:
 
     def __dealloc__(self):
         cdef loop_t *loop = &self.loop
+        cdef int i
         if self.pid == getpid():
             # A fork child has no stage (DONTFORK), and may have other memory there.
             free_stage(&loop.worker)
-            free_stage(&self.visitor)
+            for i in range(VISITORS):
+                free_stage(&self.visitors[i])
         if loop.own.pagemap >= 0:
             c_close(loop.own.pagemap)
         if loop.epoll >= 0:
@@ -364,21 +380,21 @@ cdef class Engine:
         cdef uint64_t page = firsts[0] if n else 0, stop
         cdef int64_t until = now() + <int64_t>(seconds * 1e9)
         cdef bint there = True
-        cdef int result = 0
+        cdef int result = 0, k
         with nogil:
-            pthread_mutex_lock(&self.visiting)
-            if self.visitor.stage == NULL:
-                result = new_stage(&self.visitor)
+            k = enter_visitor(self)
+            if self.visitors[k].stage == NULL:
+                result = new_stage(&self.visitors[k])
             while result == 0 and i < n and there and now() < until:
                 page = first_missing(c, page, ends[i])
                 stop = missing_end(c, page, min(ends[i], page + AT_ONCE))
                 if page < stop:
-                    there = visit(self, c, page, stop)
+                    there = visit(self, &self.visitors[k], c, page, stop)
                 page = stop
                 if page >= ends[i] and there:
                     i += 1
                     page = firsts[i] if i < n else 0
-            pthread_mutex_unlock(&self.visiting)
+            pthread_mutex_unlock(&self.visiting[k])
         if result:
             raise error_for("mmap of a stage", -result)
         if not there:
@@ -407,10 +423,11 @@ cdef class Engine:
         cdef const uint64_t *more
         cdef size_t n = sizeof(counters_t) // sizeof(uint64_t), i
         cdef int k
-        for k in range(-1, self.loop.crew.n_workers):
-            more = <const uint64_t *>&self.visitor.counters
-            if k >= 0:
-                more = <const uint64_t *>&self.loop.crew.workers[k].counters
+        for k in range(VISITORS + self.loop.crew.n_workers):
+            if k < VISITORS:
+                more = <const uint64_t *>&self.visitors[k].counters
+            else:
+                more = <const uint64_t *>&self.loop.crew.workers[k - VISITORS].counters
             for i in range(n):
                 sums[i] += more[i]
         values = np.frombuffer(<const unsigned char[:sizeof(counters_t)]><const unsigned char *>sums,

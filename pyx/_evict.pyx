@@ -20,7 +20,7 @@ from userfault._budget cimport (
 from userfault._hold cimport any_changed, put_back, take_in, take_out
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
 from userfault._served cimport HUGE_PAGES, Served, hold_t, look, served_t
-from userfault._say cimport say
+from userfault._say cimport say_why
 
 cdef extern from "<sys/mman.h>" nogil:
     int c_madvise "madvise"(void *address, size_t length, int advice)
@@ -170,8 +170,8 @@ cdef int write_back(served_t *served, uint64_t first, uint64_t end) noexcept nog
         if result != 0:
             worst = result
             store_int(&hold.write_error, -result)
-            say(hold, "cannot be written back, and stays in memory", first * PAGE_SIZE, -result,
-                &hold.warned)
+            say_why(served, "cannot be written back, and stays in memory", first * PAGE_SIZE, -result,
+                    &hold.warned)
         else:
             store_int(&hold.write_error, 0)
             count(&served.counters.written, stop - first)

@@ -21,7 +21,7 @@ from userfault._ioctl cimport (
     PAGE_SIZE, uffd_copy, uffd_move, uffd_poison, uffd_wake, uffd_writeprotect, uffd_zeropage,
 )
 from userfault._evict cimport make_room
-from userfault._say cimport say
+from userfault._say cimport say, say_why
 from userfault._served cimport HUGE_PAGES, REGION_LATENCIES, hold_t, served_t
 from userfault._source cimport source_t
 from userfault._stage cimport bring, stage_is_huge
@@ -141,7 +141,7 @@ cdef uint64_t fill_run(worker_t *worker, const entry_t *entry, served_t *served,
             resolve(worker, entry, served, first, n, <uintptr_t>source.direct + offset, want, want_end, mode)
             first += n
             continue
-        n = min(n, served.granule - first % served.granule)
+        n = min(n, served.granule - first % served.granule, <uint64_t>HUGE_PAGES)
         has = min(has, n * PAGE_SIZE)
         n = (has + PAGE_SIZE - 1) // PAGE_SIZE
         result = bring(worker, source, offset, has, may_wait)
@@ -372,8 +372,8 @@ cdef void lose(worker_t *worker, const entry_t *entry, served_t *served, uint64_
         store_u64(&served.source_error, error)
     if served.hold != NULL and now() - worker.since < served.hold.patience:
         if served.hold.retry_at == 0 and max(first, want) < min(end, want_end):
-            say(served.hold, "cannot be had yet, and is asked for again", max(first, want) * PAGE_SIZE, error,
-                &served.hold.warned)
+            say_why(served, "cannot be had yet, and is asked for again", max(first, want) * PAGE_SIZE, error,
+                    &served.hold.warned)
         served.hold.retry_at = now() + RETRY_NS
         park_wanted(worker, entry, served, first, end, want, want_end)
         return
@@ -396,9 +396,11 @@ cdef void fail(worker_t *worker, const entry_t *entry, served_t *served, uint64_
         if served.hold != NULL:
             if stage == LIMIT and error == ENOBUFS:
                 say(served.hold, "cannot be had: its memory_limit is full of changed pages that cannot go",
-                    number * PAGE_SIZE, 0, &served.hold.lost)
+                    number * PAGE_SIZE, 0, NULL, &served.hold.lost)
+            elif stage == SOURCE:
+                say_why(served, "cannot be had", number * PAGE_SIZE, error, &served.hold.lost)
             else:
-                say(served.hold, "cannot be had", number * PAGE_SIZE, error, &served.hold.lost)
+                say(served.hold, "cannot be had", number * PAGE_SIZE, error, NULL, &served.hold.lost)
     if watched:
         # What was to be written there does not come: nothing is to be written back. (Where changes are
         # watched nothing moves, and `claim` takes no lock.)

@@ -176,6 +176,8 @@ cdef class Served:
         self.c.unit = unit
         self.c.chunk = min(unit, <uint64_t>HUGE_PAGES)
         self.c.granule = HUGE_PAGES if unit >= HUGE_PAGES else max(unit, STEP // unit * unit)
+        if source.c.whole_units:
+            self.c.granule = max(self.c.granule, unit)
         self.c.readahead = readahead
         self.c.most_ahead = MOST_AHEAD
         self.c.huge = huge

@@ -35,6 +35,8 @@ cdef extern from *:
     """
     const uint64_t STEP "UF_STEP", MIXER "UF_MIXER"
 
+DEF LONGEST = 1024
+
 _live_buffers = weakref.WeakSet()
 
 
@@ -50,6 +52,13 @@ cdef class Source:
     def writable(self):
         """Whether changes can be written back to it."""
         return self.c.write != NULL
+
+    def explain(self, int error, uint64_t offset=UINT64_MAX):
+        """Why it failed last at that offset, or anywhere with this errno: in its own words, if it has any."""
+        cdef char text[LONGEST]
+        if self.c.words != NULL and self.c.words(self.c.ctx, error, offset, text, LONGEST):
+            return text.decode(errors="replace")
+        return os.strerror(error)
 
     def __repr__(self):
         return f"{type(self).__name__}()"

@@ -25,6 +25,7 @@ import userfault._hold
 import userfault._ioctl
 import userfault._lease
 import userfault._loop
+import userfault._pager
 import userfault._say
 import userfault._serve
 import userfault._served
@@ -48,7 +49,8 @@ MODULES = {
     userfault._hold: ("any_changed", "there", "gone", "take_out", "believe", "leave_budget"),
     userfault._budget: ("entry_of", "member_of", "block_of", "is_whole", "push", "pop"),
     userfault._evict: ("make_room", "change"),
-    userfault._say: ("say",),
+    userfault._say: ("say", "say_why"),
+    userfault._pager: ("keep_pager", "fill_from_pager", "write_to_pager", "sync_pager", "words_of_pager"),
     userfault._lease: ("lease_saw", "lease_saw_many", "lease_held", "lease_expire", "lease_end"),
     userfault._tree: (
         *("enter", "leave", "find", "before", "empty"),
@@ -102,8 +104,9 @@ ALLOWED = {
     ),
     *("sched_yield", "sched_getcpu", "sched_getaffinity", "sched_setaffinity", "__sched_cpucount"),
     *("pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
-    *("pthread_cond_wait", "pthread_cond_signal"),
-    *("memcpy", "memset", "memmove", "strchr", "strrchr", "strtol", "strtoll", "snprintf"),
+    *("pthread_cond_wait", "pthread_cond_signal", "pthread_cond_broadcast"),
+    *("posix_spawn", "waitid", "kill"),  # vfork: glibc's malloc and fork handlers have no part in it
+    *("memcpy", "memset", "memmove", "strchr", "strrchr", "strtol", "strtoll", "snprintf", "strlen"),
     *("__errno_location", "abort"),
 }
 

@@ -38,6 +38,7 @@ from userfault.errors import (
 from userfault.flags import Api, Event, Feature, Ioctl, RegisterMode, RfcBit
 from userfault.lazy import LazyArray, lazy_array
 from userfault.negotiation import Capabilities, probe
+from userfault.pager import Pager
 from userfault.region import Region
 from userfault.service import Failure, FaultService, Placement
 from userfault.stats import latency_percentile
@@ -70,6 +71,7 @@ __all__ = [
     "NotRegisteredError",
     "OverlapError",
     "PageExistsError",
+    "Pager",
     "Placement",
     "ProcessGoneError",
     "RangeError",

@@ -4,6 +4,9 @@ from userfault._descriptor cimport Descriptor
 from userfault._fill cimport worker_t
 from userfault._regions cimport RegionTable
 
+cdef enum:
+    VISITORS = 16   # threads of the program's that fill at the same time
+
 
 cdef class Engine:
     cdef Descriptor descriptor
@@ -18,8 +21,8 @@ cdef class Engine:
     cdef object __weakref__
     cdef readonly int pid
     cdef loop_t loop
-    cdef worker_t visitor            # of whichever thread has the lock
-    cdef pthread_mutex_t visiting
+    cdef worker_t visitors[VISITORS]  # each of whichever thread has its lock
+    cdef pthread_mutex_t visiting[VISITORS]
 
     cdef void finish(self) noexcept
     cdef int let_go(self, kept) except -1

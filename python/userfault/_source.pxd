@@ -8,6 +8,10 @@ ctypedef int (*fill_t)(void *ctx, uint64_t offset, void *dst, size_t length) noe
 ctypedef int (*write_t)(void *ctx, uint64_t offset, const void *src, size_t length) noexcept nogil
 ctypedef int (*sync_t)(void *ctx) noexcept nogil
 
+# The source's own words for its last failure at `offset`, or (UINT64_MAX) for the last with this `error`,
+# NUL-terminated, into `size` bytes; False: it has none.
+ctypedef bint (*words_t)(void *ctx, int error, uint64_t offset, char *text, size_t size) noexcept nogil
+
 ctypedef struct source_t:
     uint64_t size        # bytes it has; the rest of its last page is zeros, past that it has nothing
     uint64_t start       # where in it a region's first byte is: for its functions only
@@ -20,6 +24,9 @@ ctypedef struct source_t:
     fill_t prompt        # as fill(), but -EAGAIN where it would have to wait; NULL: it may always wait
     write_t write        # NULL: it cannot be written to
     sync_t sync          # makes what was written durable; NULL: it is, or never can be
+    words_t words        # NULL: an errno says it all
+    # It has something to do for a unit that it should do once: one thread asks for all of a unit.
+    bint whole_units
     void *ctx
 
 cdef int fill_with_constant(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil

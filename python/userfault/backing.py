@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from userfault._served import Served
 from userfault._source import Source
 from userfault.errors import ClosedError, ForkedError, LimitError, SourceError, UffdError, UnsupportedError
 from userfault.flags import Api, Feature, RegisterMode
-from userfault.selection import Pages, merge
+from userfault.pager import Pager
+from userfault.selection import Pages, merge, parts_of
 from userfault.service import FaultService, Hold, Placement, Readahead
 from userfault.uffd import Userfaultfd
 
@@ -57,13 +58,17 @@ def service_for(placement: Placement) -> FaultService:
     with _lock:
         service = _services.get(placement)
         if service is None or service.closed or service._engines[0].error:
-            try:
-                userfaultfd = Userfaultfd("msg")
-            except UnsupportedError:
-                userfaultfd = Userfaultfd()
             workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
-            service = _services[placement] = FaultService(userfaultfd, workers, placement=placement)
+            service = _services[placement] = _new_service(workers, placement)
         return service
+
+
+def _new_service(workers: int, placement: Placement) -> FaultService:
+    try:
+        userfaultfd = Userfaultfd("msg")
+    except UnsupportedError:
+        userfaultfd = Userfaultfd()
+    return FaultService(userfaultfd, workers, placement=placement)
 
 
 class Backing:
@@ -74,6 +79,7 @@ class Backing:
         mode, page_bytes, readahead, on_error, placement: as for `lazy_array`.
         budget: what it counts in.
         name: for messages.
+        pager: the source, if it ends with the array.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class Backing:
         on_error: str,
         placement: Placement,
         name: str,
+        pager: Pager | None,
     ) -> None:
         self.source = source
         self.offset = offset
@@ -100,8 +107,12 @@ class Backing:
         self.on_error = on_error
         self.placement = placement
         self.name = name
+        self._pager = pager
         self.patience = _PATIENCE_SECONDS if on_error == "retry" else 0.0
-        service = service_for(placement)
+        # What waits for one pager must not hold up the pages of another.
+        alone = isinstance(source, Pager)
+        self.fillers = source.workers if isinstance(source, Pager) else 1
+        service = _new_service(self.fillers, placement) if alone else service_for(placement)
         userfaultfd = service._userfaultfd
         tracked = mode != "r"
         if tracked and (
@@ -141,7 +152,15 @@ class Backing:
         mapping: Any = region._memory
         # The last view's death ends it, whether it is one of ours or, say, a tensor's.
         self._end = weakref.finalize(
-            mapping, _end, service._engine_of(region), self._served, region.id, self.start, length
+            mapping,
+            _end,
+            service._engine_of(region),
+            self._served,
+            region.id,
+            self.start,
+            length,
+            service if alone else None,
+            pager,
         )
         self._end.atexit = False
         self._write: weakref.finalize[..., Any] | None = None
@@ -201,12 +220,7 @@ class Backing:
         started = last = time.monotonic()
         least = total + 1
         while True:
-            firsts, ends = pages[0].copy(), pages[1]
-            while len(firsts):
-                done, page = engine.fill(self._served, firsts, ends, _STEP_SECONDS)
-                firsts, ends = firsts[done:], ends[done:]
-                if len(firsts):
-                    firsts[0] = page
+            for _ in self._visits(engine, pages):
                 if progress is not None:
                     there = total - self._served.missing(*pages)
                     progress(there * PAGE_SIZE, total * PAGE_SIZE)
@@ -220,7 +234,7 @@ class Backing:
             failed, refused = self._served.take_errors()
             if failed and now - started >= self.patience:
                 raise SourceError(
-                    f"{self.name}: its source failed: {os.strerror(failed)}; "
+                    f"{self.name}: its source failed: {self._words(failed, pages)}; "
                     f"{missing * PAGE_SIZE} bytes are missing"
                 )
             if refused and refused == self._served.write_error:
@@ -228,7 +242,7 @@ class Backing:
             if limit is not None and refused not in (0, errno.EAGAIN, errno.ENOMEM, errno.ENOBUFS):
                 raise LimitError(
                     f"{self.name}: its memory_limit of {limit} bytes is full of changes that could not be "
-                    f"written back: {os.strerror(refused)}"
+                    f"written back: {self.source.explain(refused)}"
                 )
             if limit is not None and refused == errno.ENOBUFS:
                 raise LimitError(
@@ -245,6 +259,66 @@ class Backing:
                     refused or errno.EAGAIN, f"{self.name}: {missing * PAGE_SIZE} bytes could not be brought"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def _words(self, error: int, pages: Pages) -> str:
+        """Why the source did not give the first of the pages that is missing."""
+        for first, end in zip(*(bounds.tolist() for bounds in pages), strict=True):
+            there = self._served.resident_of(first, end)
+            if not there.all():
+                at = self.offset - self.first_byte + (first + int(there.argmin())) * PAGE_SIZE
+                return self.source.explain(error, at)
+        return self.source.explain(error)
+
+    def _visits(self, engine: Engine, pages: Pages) -> Iterator[None]:
+        """Ask once for all that is missing of the pages, in as many threads as the source can use; comes up
+        for air some 20 times a second."""
+        if self.fillers == 1:
+            yield from self._visit(engine, pages)
+            return
+        unit = self.page_bytes // PAGE_SIZE
+        step = -(-_HUGE_PAGES // unit) * unit
+        most = len(pages[0]) + int((pages[1] - pages[0]).sum()) // step
+        parts = parts_of(pages, step)
+        taking = threading.Lock()
+        ending = False
+        errors: list[BaseException] = []
+
+        def ask() -> None:
+            while not ending:
+                with taking:
+                    part = next(parts, None)
+                if part is None:
+                    return
+                try:
+                    for _ in self._visit(engine, part):
+                        if ending:
+                            return
+                except BaseException as error:
+                    errors.append(error)
+                    return
+
+        # Not a pool's threads, which would be waited for also by whoever interrupts this, or exits.
+        asking = [threading.Thread(target=ask, daemon=True) for _ in range(min(self.fillers, most))]
+        for thread in asking:
+            thread.start()
+        try:
+            for thread in asking:
+                while thread.is_alive():
+                    thread.join(_STEP_SECONDS)
+                    yield
+        finally:
+            ending = True
+        if errors:
+            raise errors[0]
+
+    def _visit(self, engine: Engine, pages: Pages) -> Iterator[None]:
+        firsts, ends = pages[0].copy(), pages[1]
+        while len(firsts):
+            done, page = engine.fill(self._served, firsts, ends, _STEP_SECONDS)
+            firsts, ends = firsts[done:], ends[done:]
+            if len(firsts):
+                firsts[0] = page
+            yield
 
     def _whole(self, pages: Pages, unit: int) -> Pages:
         """The units of so many pages that they lie in."""
@@ -264,13 +338,18 @@ class Backing:
         """Write back what is changed."""
         self.check()
         if self.mode == "r+":
-            error = _write_back(self._served, self._flushing, fsync)
+            error, lost = _write_back(self._served, self._flushing, fsync)
+            if error and lost:
+                raise OSError(
+                    error, f"{self.name}: {self.source.explain(error)}: what was written may be lost"
+                )
             if error:
                 raise self._not_written(error)
 
     def _not_written(self, error: int) -> OSError:
         return OSError(
-            error, f"{self.name}: {os.strerror(error)}: what could not be written back stays in memory"
+            error,
+            f"{self.name}: {self.source.explain(error)}: what could not be written back stays in memory",
         )
 
     def close(self) -> None:
@@ -278,6 +357,8 @@ class Backing:
         if self.closed or os.getpid() != self._pid:
             return
         self.flush(True)
+        if self._pager is not None:
+            self._pager.close()  # a worker may wait for it
         try:
             self._region.close()
         finally:
@@ -286,15 +367,19 @@ class Backing:
             self._write.detach()
 
 
-def _write_back(served: Served, flushing: contextlib.AbstractContextManager[bool], fsync: bool) -> int:
-    """0 or errno."""
+def _write_back(
+    served: Served, flushing: contextlib.AbstractContextManager[bool], fsync: bool
+) -> tuple[int, bool]:
+    """0 or errno, and whether that is of making durable what was written."""
     with flushing:
         error = _evict.flush(served)
         while not error and _evict.is_writing(served):
             # Evictions: should one fail, its pages are changed again.
             time.sleep(_POLL_SECONDS)
             error = _evict.flush(served)
-        return error or (_evict.sync(served) if fsync else 0)
+        if error or not fsync:
+            return error, False
+        return _evict.sync(served), True
 
 
 def _write_all(
@@ -302,14 +387,27 @@ def _write_all(
 ) -> None:
     """The last view is gone, or the process exits."""
     if os.getpid() == pid:
-        error = _write_back(served, flushing, True)
+        error, _ = _write_back(served, flushing, True)
         if error:
             with contextlib.suppress(Exception):
-                print(f"userfault: {name}: changes are lost: {os.strerror(error)}", file=sys.stderr)
+                why = served.source.explain(error)
+                print(f"userfault: {name}: changes are lost: {why}", file=sys.stderr)
 
 
-def _end(engine: Engine, served: Served, number: int, start: int, length: int) -> None:
-    """Nobody can see the memory any more, or the array is closed."""
+def _end(
+    engine: Engine,
+    served: Served,
+    number: int,
+    start: int,
+    length: int,
+    service: FaultService | None,
+    pager: Pager | None,
+) -> None:
+    """Nobody can see the memory any more, or the array is closed; service and pager are its alone."""
     if engine.pid == os.getpid():
+        if pager is not None:
+            pager.close()  # a worker may wait for it
         engine.detach(number, start, length)
         served.leave_budget()
+        if service is not None:
+            service.close()

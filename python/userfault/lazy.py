@@ -6,9 +6,10 @@ import errno
 import math
 import os
 import warnings
+from collections.abc import Callable
 from operator import index
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, SupportsIndex, cast
+from typing import Any, Literal, NoReturn, Self, SupportsIndex, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,15 @@ from userfault._consts import PAGE_SIZE
 from userfault._source import File, Source, Zero
 from userfault.backing import Backing, Progress
 from userfault.errors import ClosedError, SourceError, UnsupportedError
+from userfault.pager import Pager, PagerOptions, PythonSource, is_python_source
 from userfault.selection import pages_of
 from userfault.service import Placement, Readahead, check_serving
 
 Mode = Literal["r", "c", "r+"]
 _MODES = ("r", "c", "r+")
 _ON_ERROR = ("poison", "retry")
+_UNITS_IN_LIMIT = 16
+_HUGE = 2 << 20
 
 
 class LazyArray(np.ndarray[Any, np.dtype[Any]]):
@@ -142,6 +146,17 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
         """
         self._lazy().flush(fsync)
 
+    def to_dask(self, chunks: Any = "auto") -> Any:
+        """A dask array over this one, of which nothing is brought before it is computed.
+
+        Blocks are this array's own memory where tasks run in threads; a task in another process opens the
+        array anew, as pickle does. `chunks`: as for dask.array.from_array. Raises ModuleNotFoundError
+        without dask, ClosedError, ForkedError.
+        """
+        from userfault.stores.dask import to_dask  # above us
+
+        return to_dask(self, chunks)
+
     def close(self) -> None:
         """Write changes back (mode "r+"), and serve the array and all its views no more.
 
@@ -198,30 +213,34 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
 
 
 def lazy_array(
-    source: Source | str | os.PathLike[str],
+    source: Source | PythonSource | Callable[[], PythonSource] | str | os.PathLike[str],
     shape: SupportsIndex | tuple[SupportsIndex, ...] | None = None,
     dtype: npt.DTypeLike = np.uint8,
     order: Literal["C", "F"] = "C",
     *,
     mode: Mode = "r",
     offset: int = 0,
-    page_bytes: int = PAGE_SIZE,
+    page_bytes: int | None = None,
     readahead: Readahead = "adaptive",
     memory_limit: int | Budget | None = None,
     on_error: Literal["poison", "retry"] = "poison",
     placement: Placement = "spin",
+    **pager: Unpack[PagerOptions],
 ) -> LazyArray:
     """An ndarray whose pages arrive from a source when they are touched.
 
     Args:
-        source: one of `userfault.sources`, or a path: `File(path)`, writable for mode "r+".
+        source: one of `userfault.sources`; or a path: `File(path)`, writable for mode "r+"; or what `Pager`
+            takes, an object with `nbytes` and `read_into` or a function that returns one: its Pager, which
+            `pager` are the arguments of, ends with the array.
         shape, dtype, order, offset: which bytes of the source it is, as for numpy.memmap; without a shape it
             has one dimension and all that the source has from `offset` on.
         mode: "r": read-only. "c": changes are private to this process and lost with the array. "r+": changes
             are written back by `flush`, by eviction, by `close` and by the last view's end (also at the exit
             of the interpreter, not at os._exit or a crash).
         page_bytes, readahead: as for `FaultService.serve`; page_bytes count from the source's first byte.
-            Where a part of a unit is there already, only the rest is asked for.
+            Where a part of a unit is there already, only the rest is asked for. By default one page, or what
+            fits the chunks of a Pager.
         memory_limit: how many bytes of it may be in memory (1 MiB and 16 times page_bytes at the least), or a
             `Budget` that it shares with others. Beyond it the oldest pages go, but for those that come back
             again and again.
@@ -246,9 +265,20 @@ def lazy_array(
     dtype = np.dtype(dtype)
     if dtype.hasobject:
         raise ValueError(f"{dtype} holds Python objects, not bytes")
+    if memory_limit is not None and not isinstance(memory_limit, Budget):
+        memory_limit = Budget(memory_limit)
+    limit = memory_limit.nbytes if memory_limit else None
     if isinstance(source, (str, os.PathLike)):
         source = File(source, writable=mode == "r+")
+    elif not isinstance(source, Source) and is_python_source(source):
+        source = Pager(source, **pager)
+        source._of_array = True
+    elif pager:
+        raise TypeError(f"{', '.join(pager)}: for sources in Python only, not {source!r}")
+    if page_bytes is None:
+        page_bytes = _page_bytes(source, limit)
     check_serving(source, readahead, page_bytes)
+    assert isinstance(source, Source)
     if not 0 <= index(offset) <= source.nbytes:
         raise ValueError(f"offset {offset} is outside {source!r} of {source.nbytes} bytes")
     shape = _shape(source, shape, dtype, offset)
@@ -261,12 +291,11 @@ def lazy_array(
             f"{source!r} has {source.nbytes - offset} bytes from {offset} on; "
             f"shape {shape} of {dtype} needs {nbytes}"
         )
-    budget = (
-        memory_limit if isinstance(memory_limit, Budget) or memory_limit is None else Budget(memory_limit)
-    )
-    limit = budget.nbytes if budget else None
-    if limit is not None and limit < 16 * page_bytes:
-        raise ValueError(f"the memory_limit of {limit} is less than 16 times page_bytes: {16 * page_bytes}")
+    if limit is not None and limit < _UNITS_IN_LIMIT * page_bytes:
+        raise ValueError(
+            f"the memory_limit of {limit} is less than {_UNITS_IN_LIMIT} times page_bytes: {page_bytes}"
+        )
+    own = source
     if nbytes == 0:
         source, offset = Zero(), 0  # one page that nobody can see
     name = f"lazy array {dtype} {shape} of {source!r}"
@@ -277,10 +306,11 @@ def lazy_array(
         mode=mode,
         page_bytes=page_bytes,
         readahead=readahead,
-        budget=budget,
+        budget=memory_limit,
         on_error=on_error,
         placement=placement,
         name=name,
+        pager=own if isinstance(own, Pager) and own._of_array else None,
     )
     if backing.user_mode_only:
         warnings.warn(
@@ -290,6 +320,18 @@ def lazy_array(
             stacklevel=2,
         )
     return _array(backing, shape, dtype, offset=backing.first_byte, order=order)
+
+
+def _page_bytes(source: object, limit: int | None) -> int:
+    """The default: what a source of chunks is best asked for at once."""
+    if not isinstance(source, Pager):
+        return PAGE_SIZE
+    most = source.chunk_bytes if limit is None else min(source.chunk_bytes, limit // _UNITS_IN_LIMIT)
+    if most == source.chunk_bytes and most % PAGE_SIZE == 0:
+        return most
+    # Pages lie in two chunks: the less is asked for, the less often the other chunk is needed too.
+    most = min(most // 4, _HUGE) if source.chunk_bytes % PAGE_SIZE else most
+    return max(PAGE_SIZE, 1 << (most.bit_length() - 1)) if most else PAGE_SIZE
 
 
 def _shape(
@@ -325,6 +367,8 @@ def _reopen(
     how: dict[str, Any],
 ) -> LazyArray:
     """What a pickled LazyArray is made by."""
+    if isinstance(source, Pager):
+        source._of_array = True
     whole = lazy_array(source, nbytes, np.uint8, offset=offset, **how)
     backing = whole._lazy()
     return _array(backing, shape, dtype, offset=backing.first_byte + at, strides=strides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -110,3 +111,12 @@ def merge(firsts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Pages:
     begins[1:] = firsts[1:] > ends[:-1]
     lasts = np.append(np.flatnonzero(begins)[1:] - 1, len(ends) - 1)
     return firsts[begins].astype(np.uint64), ends[lasts].astype(np.uint64)
+
+
+def parts_of(pages: Pages, step: int) -> Iterator[Pages]:
+    """The runs one by one, cut at multiples of `step` pages."""
+    for first, end in zip(*(bounds.tolist() for bounds in pages), strict=True):
+        while first < end:
+            stop = min(first - first % step + step, end)
+            yield np.array([first], np.uint64), np.array([stop], np.uint64)
+            first = stop

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from operator import index
 from types import TracebackType
-from typing import Literal, NamedTuple, NoReturn, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -262,7 +262,8 @@ class FaultService:
                 most, last = max(there, most), time.monotonic()
             elif failed:
                 raise SourceError(
-                    f"{region!r}: its source failed: {os.strerror(failed)}; {total - there} bytes are missing"
+                    f"{region!r}: its source failed: {served.source.explain(failed)}; "
+                    f"{total - there} bytes are missing"
                 )
             waited = time.monotonic() - last
             if refused and waited > _STALLED_SECONDS:
@@ -403,7 +404,7 @@ class FaultService:
             self.close()
 
 
-def check_serving(source: Source, readahead: Readahead, page_bytes: int) -> None:
+def check_serving(source: Any, readahead: Readahead, page_bytes: int) -> None:
     """Refuse what `FaultService.serve` says that it does."""
     if not isinstance(source, Source):
         why = ""
@@ -411,7 +412,7 @@ def check_serving(source: Source, readahead: Readahead, page_bytes: int) -> None
             why = "Python code needs the GIL, which the thread that touches the page may hold; "
         raise SourceError(
             f"{type(source).__name__} is not a page source: {why}"
-            "use one of userfault.sources: Zero, Buffer, File, or Native for a C function"
+            "use one of userfault.sources: Zero, Buffer, File, Native for a C function, Pager for Python"
         )
     if index(page_bytes) < 1 or page_bytes % PAGE_SIZE:
         raise ValueError(f"page_bytes is a multiple of {PAGE_SIZE}, not {page_bytes}")
