@@ -107,3 +107,14 @@ def test_without_numba(name: str, tmp_path: Path) -> None:
     done = run(name, without=missing(tmp_path, "numba"))
     assert done.returncode == 1
     assert done.stderr == "this example compiles a function with numba: pip install numba\n"
+
+
+def test_http_zarr(needs_privilege: None, tmp_path: Path) -> None:
+    """The slice lies in four chunks of 256, and what was fetched is those."""
+    pytest.importorskip("zarr")
+    text = output(run("http_zarr", tmp_path / "slice.png"))
+    array, part = found(r"([\d,]+) bytes in the array, ([\d,]+) in the slice", text)
+    fetched, stored = found(r"([\d,]+) bytes fetched of ([\d,]+) stored", text)
+    assert (array, part) == (4096 * 4096 * 8, 200 * 300 * 8)
+    assert 0 < fetched < stored / 10
+    assert (tmp_path / "slice.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,65 @@
+"""`to_dask`: a dask array whose blocks are parts of a lazy array."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import uuid
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from userfault.errors import LimitError
+from userfault.lazy import LazyArray
+
+
+class _Blocks:
+    """What dask slices: a part is brought in one go when its task runs, and is not copied.
+
+    In another process it opens an array of its own; the last one stays open there for the tasks to come.
+    """
+
+    def __init__(self, array: LazyArray, name: str) -> None:
+        self._array = array
+        self._name = name
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+
+    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
+        # More than a memory limit comes piece by piece, when it is touched.
+        with contextlib.suppress(LimitError):
+            self._array.prefetch(key)
+        return np.asarray(self._array[key])
+
+    def __reduce__(self) -> Any:
+        return _opened, (self._name, pickle.dumps(self._array))
+
+
+@lru_cache(maxsize=1)
+def _opened(name: str, recipe: bytes) -> _Blocks:
+    return _Blocks(pickle.loads(recipe), name)
+
+
+def to_dask(array: LazyArray, chunks: Any = "auto") -> Any:
+    """A dask array over the lazy array; nothing of it is brought before it is computed.
+
+    A block's bytes come when its task runs: in mode "r" and "c" of threads they are the array's own memory.
+    A task in another process opens the array anew: what that needs, and when it is refused, is as for pickle.
+
+    Args:
+        chunks: as for dask.array.from_array.
+
+    Raises ModuleNotFoundError without dask, ClosedError.
+    """
+    try:
+        import dask.array
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("to_dask needs dask: pip install 'userfault[dask]'", name="dask") from None
+    array._lazy().check()
+    # A name of its own: dask's would be a hash of all the bytes.
+    name = f"lazy-{uuid.uuid4().hex}"
+    from_array: Any = dask.array.from_array
+    return from_array(
+        _Blocks(array, name), chunks, name=name, asarray=True, meta=np.empty((0,) * array.ndim, array.dtype)
+    )
