@@ -20,9 +20,16 @@ import lab_read
 import serve_contenders
 import serve_turns
 import userfault as uf
-from userfault.cli import bench, bench_array_report, bench_report, bench_script, bench_serve_report
+from userfault.cli import (
+    bench,
+    bench_array_report,
+    bench_report,
+    bench_script,
+    bench_serve_report,
+    bench_stores_report,
+)
 from userfault.cli.app import cli
-from userfault.plot import array_cost, read_cost
+from userfault.plot import array_cost, read_cost, stores_cost
 
 ROOT = Path(__file__).parents[1]
 MAIN = "from userfault.cli import main; main()"
@@ -71,14 +78,14 @@ def test_what_it_does_not_accept(arguments: list[str], says: str) -> None:
         (["--plot", "f.gif"], "must end in .png, .svg or .pdf"),
     ],
 )
-@pytest.mark.parametrize("command", ["serve", "array"])
-def test_what_serve_and_array_do_not_accept(command: str, arguments: list[str], says: str) -> None:
+@pytest.mark.parametrize("command", ["serve", "array", "stores"])
+def test_what_the_others_do_not_accept(command: str, arguments: list[str], says: str) -> None:
     result = CliRunner().invoke(cli, ["bench", command, *arguments])
     assert result.exit_code == 2
     assert says in " ".join(result.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["read", "serve", "array"])
+@pytest.mark.parametrize("command", ["read", "serve", "array", "stores"])
 def test_outside_a_checkout_it_says_so(command: str, tmp_path: Path) -> None:
     done = run(command=command, cwd=tmp_path)
     assert done.returncode == 1
@@ -89,7 +96,7 @@ def test_the_checkout_is_found_from_below() -> None:
     assert bench_script.checkout(ROOT / "bench" / "lab") == ROOT / "bench"
 
 
-@pytest.mark.parametrize("command", ["read", "serve", "array"])
+@pytest.mark.parametrize("command", ["read", "serve", "array", "stores"])
 def test_without_matplotlib_it_says_what_to_install(command: str) -> None:
     done = run("--plot", "x.png", command=command, before="import sys; sys.modules['matplotlib'] = None")
     assert done.returncode == 1
@@ -220,6 +227,80 @@ def test_goals_of_array_in_words_and_drawn(tmp_path: Path) -> None:
     facts = {"kernel": "6.18", "processor": "some", "rounds": 2, "array": list(rows.values())}
     array_cost(facts, str(tmp_path / "array.png"))
     assert (tmp_path / "array.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.usefixtures("needs_uffd")
+def test_a_small_run_of_stores(tmp_path: Path) -> None:
+    for library in ("zarr", "dask.array", "scipy"):
+        pytest.importorskip(library)
+    document, picture = tmp_path / "f.json", tmp_path / "f.png"
+    options = ["--bytes", str(4 << 20), "--rounds", "1", "--json", str(document), "--plot", str(picture)]
+    done = run(*options, command="stores")
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    facts = json.loads(document.read_text())
+    assert (facts["rounds"], facts["nbytes"]) == (1, 4 << 20)
+    found: dict[tuple[str, str], set[str]] = {}
+    for row in facts["stores"]["rows"]:
+        found.setdefault((row["workload"], row["case"]), set()).add(row["contender"])
+        assert 0 < row["best"] <= row["median"]
+    lazy = {"lazy", "lazy, materialize"}
+    every_array = {
+        ("gather", "4 elements"): {
+            "lazy",
+            "lazy, prefetch",
+            "zarr by turns",
+            "zarr.vindex",
+            "zarr, all first",
+            "dask",
+        },
+        ("scan", "sum of all"): lazy | {"zarr, all first"},
+        ("again", "sum"): lazy | {"ndarray"},
+        ("again", "1,000,000 elements"): lazy | {"ndarray"},
+    }
+    assert found == {
+        **{
+            (kind, f"{name}: {case}"): by
+            for name in ("1-D", "2-D")
+            for (kind, case), by in every_array.items()
+        },
+        ("window", "uniform_filter, 256 x 256"): {"lazy", "lazy, prefetch", "zarr"},
+        ("fault", "random pages, threads: 1"): {"lazy, Pager", "lazy, Buffer"},
+        ("fault", "random pages, threads: 8"): {"lazy, Pager", "lazy, Buffer"},
+        ("open", "open"): {"lazy", "lazy, Pager", "zarr.open"},
+        ("open", "close"): {"lazy", "lazy, Pager"},
+    }
+    goals = [figure["met"] for row in facts["stores"]["rows"] for figure in row["figures"] if figure["goal"]]
+    assert len(goals) == 12
+    assert f"{sum(goals)} of {len(goals)} goals are met." in done.stdout
+
+
+def test_stores_says_which_library_it_needs() -> None:
+    before = "import sys; sys.modules['scipy.ndimage'] = None; sys.path.insert(0, 'bench'); import stores"
+    done = run(command="stores", before=before)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "stores.py needs scipy: pip install zarr 'dask[array]' scipy"
+
+
+def test_figures_of_stores_on_the_terminal_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = {"lazy": np.array([0.2, 0.3]), "zarr, all first": np.array([0.4, 0.5])}
+    case = arrays_workloads.Case("scan", "1-D: sum of all", compare.Comparison(seconds), "ms", 1e3)
+    rows = [row | {"peak_mib": 1024.0} for row in case.rows().values()]
+    rows[0]["figures"] = [case.time("lazy", "zarr, all first", 0.5)]
+    opened = {"workload": "open", "case": "open", "contender": "lazy", "unit": "ms", "best": 1.0}
+    rows.append(opened | {"median": 2.0, "peak_mib": 0.0, "figures": []})
+    about = {"name": "1-D", "shape": [4096], "chunks": [512], "dtype": "float64", "nbytes": 1 << 20}
+    found = {"arrays": [about | {"compressed": 3.0}], "rows": rows}
+    facts = bench_script.facts(rounds=2) | {"stores": found}
+    bench_stores_report.show(facts)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1-D: 4,096 float64 in chunks of 512, 1 MiB, which zstd made 3.0 times as small" in said
+    assert "Missed: scan, 1-D: sum of all: time of lazy / zarr, all first 0.55 (goal <= 0.5)" in said
+    assert "Opening and closing" in said
+    stores_cost(facts, str(tmp_path / "stores.png"))
+    assert (tmp_path / "stores.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def served_rows() -> list[dict[str, Any]]:

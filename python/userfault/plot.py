@@ -180,24 +180,42 @@ _ARRAY_TITLES = {
     "limit": "A tenth in memory: {}",
     "inflate": "zlib: {}",
 }
+# Opening stands in the table.
+_STORES_TITLES = {
+    "gather": "zarr, {}",
+    "scan": "zarr, {}",
+    "again": "Again, {}",
+    "window": "{}",
+    "fault": "{}",
+}
 _OURS, _LINES = ("lazy", "limited"), ("#d55e00", "#009e73")
 
 
 def array_cost(facts: dict[str, Any], path: str) -> None:
     """Draw what `userfault bench array` measured: a panel for each comparison, and the goals as lines."""
+    # How much is in memory stands in the table: it is compared with no rival.
+    rows = [row for row in facts["array"] if not row["case"].startswith("resident")]
+    _comparisons(facts, rows, _ARRAY_TITLES, path)
+
+
+def stores_cost(facts: dict[str, Any], path: str) -> None:
+    """Draw what `userfault bench stores` measured, likewise."""
+    rows = [row for row in facts["stores"]["rows"] if row["workload"] in _STORES_TITLES]
+    _comparisons(facts, rows, _STORES_TITLES, path)
+
+
+def _comparisons(facts: dict[str, Any], rows: list[Row], titles: dict[str, str], path: str) -> None:
+    """A panel for each comparison, titled by its workload."""
     import matplotlib as mpl
 
-    rows = facts["array"]
-    # How much is in memory stands in the table: it is compared with no rival.
-    compared = [row for row in rows if not row["case"].startswith("resident")]
-    panels = list(dict.fromkeys((row["workload"], row["case"]) for row in compared))
+    panels = list(dict.fromkeys((row["workload"], row["case"]) for row in rows))
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(13, 5.6), dpi=160, layout="constrained")
         axes = list(figure.subplots(2, -(-len(panels) // 2), squeeze=False).flat)
         for ax, (workload, case) in zip(axes, panels, strict=False):
             mine = [row for row in rows if (row["workload"], row["case"]) == (workload, case)]
             _contenders(ax, mine)
-            ax.set_title(_ARRAY_TITLES[workload].format(case))
+            ax.set_title(titles[workload].format(case))
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
         lines = [Line2D([], [], color=colour, ls="--") for colour in _LINES]

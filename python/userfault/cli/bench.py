@@ -12,6 +12,7 @@ from rich.console import Console
 from userfault.cli import bench_report, bench_script
 from userfault.cli.bench_array import array
 from userfault.cli.bench_serve import serve
+from userfault.cli.bench_stores import stores
 
 WIRES = ("v1", "v2", "msg")
 _BATCHES = (1, 8, 64, 512, 4096)
@@ -101,3 +102,4 @@ def read(
 
 bench.add_command(serve)
 bench.add_command(array)
+bench.add_command(stores)

@@ -30,12 +30,13 @@ def show(facts: Facts) -> None:
     for workload in dict.fromkeys(row["workload"] for row in rows):
         mine = [row for row in rows if row["workload"] == workload]
         console.print(_times(_TITLES[workload], mine))
-        console.print(_figures(mine))
+        console.print(figures(mine))
     console.print(Padding(Text(_NOTE.replace("\n", " "), "dim"), (0, 1)))
     console.print(Padding(verdict(rows), (1, 1)), style="bold")
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """With as many digits as tell something."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
@@ -43,17 +44,18 @@ def _times(title: str, rows: list[Row]) -> Table:
     table = new_table(title, "", "by", "best", "median", "unit")
     for row in rows:
         unit = row["unit"].replace("us", "µs")
-        table.add_row(row["case"], row["contender"], _number(row["best"]), _number(row["median"]), unit)
+        table.add_row(row["case"], row["contender"], number(row["best"]), number(row["median"]), unit)
     return table
 
 
-def _figures(rows: list[Row]) -> Table:
+def figures(rows: list[Row]) -> Table:
+    """The ratios of the rows, and whether they meet their goals."""
     table = new_table("", "", "", "median", "bests", "goal", "")
     for row in rows:
         for figure in row["figures"]:
-            bests = "" if figure["of_bests"] is None else _number(figure["of_bests"])
-            figures = _number(figure["value"]), bests, figure["goal"] or ""
-            table.add_row(row["case"], figure["what"], *figures, _judgement(figure))
+            bests = "" if figure["of_bests"] is None else number(figure["of_bests"])
+            cells = number(figure["value"]), bests, figure["goal"] or ""
+            table.add_row(row["case"], figure["what"], *cells, _judgement(figure))
     return table
 
 
@@ -67,7 +69,7 @@ def verdict(rows: list[Row]) -> str:
     """How many goals are met, and which are missed."""
     judged = [(row, figure) for row in rows for figure in row["figures"] if figure["met"] is not None]
     missed = [
-        f"{row['workload']}, {row['case']}: {figure['what']} {_number(figure['value'])} "
+        f"{row['workload']}, {row['case']}: {figure['what']} {number(figure['value'])} "
         f"(goal {figure['goal']})"
         for row, figure in judged
         if not figure["met"]
