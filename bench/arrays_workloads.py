@@ -35,6 +35,7 @@ from serve_turns import Turn, judged, scattered, turns
 from userfault.cli.machine import memory
 
 LAZY, LAZY_HUGE, PAIR, PREFETCH = "lazy", "lazy, 2 MiB", "lazy, pair", "lazy, prefetch"
+INLINE = "lazy, inline"
 MEMMAP, READ, PREAD, OS_PREAD = "memmap", "fromfile", "pread in C", "os.pread"
 LIMITED, UNLIMITED = "limited", "no limit"
 PYTHON, C = "all, Python", "all, C"
@@ -165,13 +166,14 @@ def gather(setting: Setting) -> Iterator[Row]:
     contenders: Mapping[str, Turn] = {
         PREFETCH: partial(gathered, data.lazy, indices, expected, prefetch=True),
         PAIR: partial(gathered, partial(data.lazy, placement="pair"), indices, expected),
+        INLINE: partial(gathered, partial(data.lazy, serving="inline"), indices, expected),
         LAZY: partial(gathered, data.lazy, indices, expected),
         READ: partial(opened, data.read),
         MEMMAP: partial(gathered, data.memmap, indices, expected),
     }
     case = Case("gather", f"{ELEMENTS:,} elements", setting.turns(contenders), *MS)
     rows = case.rows()
-    for name, at_most in ((PREFETCH, 2.0), (PAIR, 10.0), (LAZY, None)):
+    for name, at_most in ((PREFETCH, 2.0), (PAIR, 10.0), (INLINE, 5.0), (LAZY, None)):
         rows[name]["figures"] = [case.percent(name, READ, at_most), case.time(name, MEMMAP)]
     yield from rows.values()
 

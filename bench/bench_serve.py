@@ -12,13 +12,25 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import serve_life
 import userfault as uf
-from serve import WORKLOADS
-from serve_contenders import BACKINGS, CONTENDERS, CPU, PAIR, PINNED, Data, random_data, served, touch
+from serve import MODES
+from serve_contenders import (
+    BACKINGS,
+    CONTENDERS,
+    CPU,
+    INLINE_CONTENDERS,
+    PAIR,
+    PINNED,
+    Data,
+    random_data,
+    served,
+    touch,
+)
 from serve_turns import QUICK, Setting, in_order, scattered
 
 PAGES = 256
 LENGTH = PAGES * uf.PAGE_SIZE
 ROUNDS = 20
+ALL = CONTENDERS | INLINE_CONTENDERS
 TINY = replace(QUICK, data=4 << 20, touches=64, stream=64, pending=128, ranges=(1, 100), idle=0.05)
 
 
@@ -30,12 +42,12 @@ def data(needs_uffd: None) -> Iterator[Data]:
 
 @pytest.mark.parametrize(
     ("threads", "name"),
-    [(n, name) for n in (1, 16) for name in CONTENDERS if n == 1 or name not in (PAIR, PINNED)],
+    [(n, name) for n in (1, 16) for name in ALL if n == 1 or name not in (PAIR, PINNED)],
 )
 @pytest.mark.parametrize("backing", BACKINGS)
 def test_random(benchmark: BenchmarkFixture, data: Data, backing: str, threads: int, name: str) -> None:
     benchmark.group = f"{PAGES} random pages from {backing}, touched by {threads} threads"
-    contender = CONTENDERS[name]
+    contender = ALL[name]
     offsets = scattered(LENGTH, PAGES)
     expected = data.memory[offsets]
     regions: list[uf.Region] = []
@@ -61,11 +73,11 @@ def test_fill(benchmark: BenchmarkFixture, data: Data, fill: object, page_bytes:
     benchmark.pedantic(fill, (data, page_bytes), rounds=ROUNDS)  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
-def test_every_workload_has_rows(data: Data, workload: str) -> None:
+@pytest.mark.parametrize(("mode", "workload"), [(mode, name) for mode in MODES for name in MODES[mode]])
+def test_every_workload_has_rows(data: Data, mode: str, workload: str) -> None:
     if workload == "close" and uf.probe().user_mode_only:
         pytest.skip("system calls on missing pages need privilege")
-    rows = list(WORKLOADS[workload](Setting(data, TINY, rounds=1, touchers=(1, 2))))
+    rows = list(MODES[mode][workload](Setting(data, TINY, rounds=1, touchers=(1, 2))))
     assert rows
     for row in rows:
         assert row["workload"] == workload

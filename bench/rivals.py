@@ -51,6 +51,8 @@ def serve_library() -> ctypes.CDLL:
     signatures: list[tuple[Any, Any, list[Any]]] = [
         (rivals.handler_start, pointer, [ctypes.c_int, pointer, pointer, long, cpu]),
         (rivals.handler_stop, None, [pointer]),
+        (rivals.sigbus_start, cpu, [ctypes.c_int, pointer, pointer]),
+        (rivals.sigbus_stop, None, []),
         (rivals.touch_all, long, [pointer, pointer, pointer, long, long, cpu, long, pointer]),
         (rivals.writers_start, pointer, [pointer, pointer, pointer, long, long]),
         (rivals.writers_join, None, [pointer, long, pointer]),

@@ -23,31 +23,40 @@ WORKLOADS: Mapping[str, Callable[[Setting], Iterable[Row]]] = {
     "idle": serve_life.idle,
     "close": serve_life.close,
 }
+MODES: Mapping[str, Mapping[str, Callable[[Setting], Iterable[Row]]]] = {
+    "threads": WORKLOADS,
+    "inline": {"random": serve_faults.random_inline, "sequential": serve_faults.sequential_inline},
+}
 
 
 def measure(
     rounds: int,
-    workloads: Iterable[str] = tuple(WORKLOADS),
+    mode: str = "threads",
+    workloads: Iterable[str] = (),
     touchers: Sequence[int] = TOUCHERS,
     sizes: Sizes = FULL,
 ) -> list[Row]:
-    """The rows of all workloads."""
+    """The rows of these workloads, or all, of a mode of FaultService."""
     # In a virtual machine, memory that the host has yet to hand out is ten times slower: have it now.
     np.ones(min(sizes.pretouch, memory()["MemAvailable"] // 2), np.uint8)
     with random_data(sizes.data) as data:
         setting = Setting(data, sizes, rounds, touchers)
-        return [row for name in workloads for row in WORKLOADS[name](setting)]
+        return [row for name in workloads or MODES[mode] for row in MODES[mode][name](setting)]
 
 
 if __name__ == "__main__":
     parser = argument_parser(__doc__, rounds=20)
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="default: %(default)s")
+    parser.add_argument("--mode", choices=MODES, default="threads", help="default: %(default)s")
+    parser.add_argument(
+        "--workloads", default="", help=f"default: all of {','.join(WORKLOADS)} that the mode has"
+    )
     parser.add_argument("--touchers", default=",".join(map(str, TOUCHERS)), help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="little of everything: to see that it works")
     options = parser.parse_args()
     rows = measure(
         options.rounds,
-        options.workloads.split(","),
+        options.mode,
+        [name for name in options.workloads.split(",") if name],
         [int(threads) for threads in options.touchers.split(",")],
         QUICK if options.quick else FULL,
     )

@@ -22,10 +22,12 @@ import rivals
 import userfault as uf
 from userfault import _consts as c
 from userfault.cli.python_loop import PythonLoop
-from userfault.negotiation import Features
+from userfault.negotiation import DEFAULT, Features
+from userfault.service import Serving
 
 BACKINGS = ("memory", "file")
 CPU = max(os.sched_getaffinity(0))  # where those who share a CPU are pinned
+SIGBUS = DEFAULT & (uf.probe().features or uf.Feature(0)) | uf.Feature.SIGBUS
 FAR = 1 << 44  # addresses that Linux gives to nobody unasked
 PATIENCE = 60  # seconds until touching threads that do not end are an error
 
@@ -95,6 +97,20 @@ def handler(records: int, cpu: int = -1) -> Open:
 
 
 @contextmanager
+def sigbus_handler(data: Data, backing: str, length: int) -> Iterator[uf.Region]:
+    """A handler of SIGBUS in C, in the thread that touches the page: one UFFDIO_COPY."""
+    library = rivals.serve_library()
+    with uf.Userfaultfd("msg", SIGBUS) as u:
+        region = u.map(length)
+        if library.sigbus_start(u.fileno(), region.start, data.address(backing)):
+            raise RuntimeError("no handler of SIGBUS to be had")
+        try:
+            yield region
+        finally:
+            library.sigbus_stop()
+
+
+@contextmanager
 def served(
     data: Data,
     backing: str,
@@ -102,10 +118,12 @@ def served(
     placement: str = "spin",
     ranges: int = 1,
     features: Features = None,
+    mode: Serving = "threads",
     **options: Any,
 ) -> Iterator[tuple[uf.FaultService, uf.Region]]:
     """Ours, with options of `FaultService.serve`, and so many ranges in the table of regions."""
-    with uf.Userfaultfd("msg", features) as u, uf.FaultService(u, placement=placement) as svc:
+    features = SIGBUS if mode == "inline" else features
+    with uf.Userfaultfd("msg", features) as u, uf.FaultService(u, placement=placement, mode=mode) as svc:
         region = u.map(length)
         svc.serve(region, data.source(backing), **options)
         more = np.arange(ranges - 1, dtype=np.uint64) * np.uint64(2 * uf.PAGE_SIZE) + np.uint64(FAR)
@@ -169,6 +187,7 @@ def python_loop(data: Data, backing: str, length: int) -> Iterator[uf.Region]:
 
 ONE, MANY, PINNED, PYTHON = "(a) C", "(b) C", "(b) pinned", "(c) Python"
 OURS, PAGE, PAIR = "ours", "ours, 1 page", "pair, 1 page"
+IN_C, INLINE, INLINE_PAGE = "(d) SIGBUS", "inline", "inline, 1 page"
 CONTENDERS = {
     ONE: Contender(handler(1)),
     MANY: Contender(handler(256)),
@@ -177,6 +196,14 @@ CONTENDERS = {
     OURS: Contender(service()),
     PAGE: Contender(service(readahead=0)),
     PAIR: Contender(service(placement="pair", readahead=0)),
+}
+INLINE_CONTENDERS = {
+    MANY: CONTENDERS[MANY],
+    PINNED: CONTENDERS[PINNED],
+    IN_C: Contender(sigbus_handler),
+    PAGE: CONTENDERS[PAGE],
+    INLINE: Contender(service(mode="inline")),
+    INLINE_PAGE: Contender(service(mode="inline", readahead=0)),
 }
 
 

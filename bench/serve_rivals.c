@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -111,6 +112,33 @@ void handler_stop(struct handler *handler)
     pthread_cancel(handler->thread); /* in poll(), while nobody faults */
     pthread_join(handler->thread, NULL);
     free(handler);
+}
+
+/* -- The same in the thread that touches the page: UFFD_FEATURE_SIGBUS ----------------------------------- */
+
+static struct handler in_thread;
+static struct sigaction before;
+
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
+    int saved = errno;
+    (void)signal;
+    (void)context;
+    copy_page(&in_thread, (uint64_t)info->si_addr);
+    errno = saved;
+}
+
+/* Serve the memory from `source` in a handler of SIGBUS; 0, or -1. One at a time. */
+int sigbus_start(int fd, const char *memory, const char *source)
+{
+    struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_RESTART};
+    in_thread = (struct handler){.fd = fd, .memory = memory, .source = source};
+    return sigaction(SIGBUS, &action, &before);
+}
+
+void sigbus_stop(void)
+{
+    sigaction(SIGBUS, &before, NULL);
 }
 
 /* -- The threads that touch ----------------------------------------------------------------------------- */

@@ -24,7 +24,7 @@ import numpy as np
 from userfault._abi cimport (
     UFFD_FEATURE_EVENT_FORK, UFFD_FEATURE_EVENT_REMAP, UFFD_FEATURE_EVENT_UNMAP,
     add_int, aligned_alloc, c_close, getpid, load_int, msg_record, now, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_int, swap_int_if, usleep,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_int, store_ptr, swap_int_if, usleep,
 )
 from userfault._ahead cimport (
     ANY, CAPACITY, GOALS, GONE, KEEPER, MOST_DUE, SERVING, UNKNOWNS, due_t, goal_t, loop_t,
@@ -35,6 +35,7 @@ from userfault._errno cimport error_for
 from userfault._fill cimport (
     ERRNOS, FAILURES, LATENCIES, PARKED, TRIES, counters_t, failure_t, fill, parked_t, worker_t,
 )
+from userfault._inline cimport HANDS, LEVELS, SPACES, enrol, strike
 from userfault._ioctl cimport PAGE_SIZE, uffd_wake
 from userfault._follow cimport delist, end_children, enlist, leave_children, pin_child
 from userfault._loop cimport run_loop
@@ -44,6 +45,7 @@ from userfault._space cimport copy_of, space_t
 from userfault._stage cimport free_stage, new_stage
 from userfault._tree cimport empty, enter, entry_t, find, leave, tree_t
 
+from userfault import _sigbus as sigbus
 from userfault._consts import DTYPES, WIRES
 from userfault._descriptor import inherited
 from userfault._fill import bucket_start
@@ -196,6 +198,7 @@ cdef class Engine:
         if loop.epoll >= 0:
             c_close(loop.epoll)
         free_crew(&loop.crew)
+        free(loop.hands)
         free(loop.records)
         free(loop.pages)
         free(loop.due)
@@ -230,6 +233,8 @@ cdef class Engine:
         self.wake_all()
 
     cdef void finish(self) noexcept:
+        if self.loop.hands != NULL:
+            strike(&self.loop)
         self.loop.state = GONE
         self.finished = True
         delist(&self.loop)
@@ -257,6 +262,26 @@ cdef class Engine:
         if result:
             raise no_thread(-result)
         self.descriptor.kick()
+
+    def serve_inline(self):
+        """Have faults served by the threads that take them, also when it is the keeper.
+
+        Raises UffdError (EBUSY: too many userfaultfds are), UnsupportedError.
+        """
+        cdef worker_t *hands
+        cdef int result
+        sigbus.take()
+        if self.loop.hands == NULL:
+            hands = <worker_t *>calloc(LEVELS * HANDS, sizeof(worker_t))
+            if hands == NULL:
+                raise MemoryError
+            store_ptr(<void **>&self.loop.hands, hands)
+            result = enrol(&self.loop)
+            if result:
+                store_ptr(<void **>&self.loop.hands, NULL)
+                free(hands)
+                raise error_for(f"serving inline, which {SPACES} userfaultfds may be", -result)
+            self.descriptor.kick()
 
     def retire(self):
         """Become the keeper; wait for the thread to end as long as there is nothing left to keep."""
@@ -422,12 +447,14 @@ cdef class Engine:
         cdef uint64_t *sums = <uint64_t *>&total
         cdef const uint64_t *more
         cdef size_t n = sizeof(counters_t) // sizeof(uint64_t), i
-        cdef int k
-        for k in range(VISITORS + self.loop.crew.n_workers):
+        cdef int k, n_hands = LEVELS * HANDS if self.loop.hands != NULL else 0
+        for k in range(VISITORS + n_hands + self.loop.crew.n_workers):
             if k < VISITORS:
                 more = <const uint64_t *>&self.visitors[k].counters
+            elif k < VISITORS + n_hands:
+                more = <const uint64_t *>&self.loop.hands[k - VISITORS].counters
             else:
-                more = <const uint64_t *>&self.loop.crew.workers[k - VISITORS].counters
+                more = <const uint64_t *>&self.loop.crew.workers[k - VISITORS - n_hands].counters
             for i in range(n):
                 sums[i] += more[i]
         values = np.frombuffer(<const unsigned char[:sizeof(counters_t)]><const unsigned char *>sums,

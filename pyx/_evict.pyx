@@ -318,6 +318,16 @@ cdef int make_room(budget_t *budget, uint64_t n, bint may_wait, bint asked) noex
     return error
 
 
+cdef void expect_change(served_t *served, uint64_t page) noexcept nogil:
+    """A missing page is written to: it comes without protection, so that the write need not fault again."""
+    cdef hold_t *hold = served.hold
+    pthread_mutex_lock(&hold.budget.lock)
+    if not is_set(hold.changed, page):
+        set_bits(hold.changed, page, page + 1)
+        count(&served.counters.changed, 1)
+    pthread_mutex_unlock(&hold.budget.lock)
+
+
 cdef int change(served_t *served, uint64_t page) noexcept nogil:
     """A page is written to: note it, and let its writers go on. -errno of UFFDIO_WRITEPROTECT."""
     cdef hold_t *hold = served.hold

@@ -473,6 +473,8 @@ cdef void park(worker_t *worker, served_t *served, uint64_t page, bint protected
     worker.counters.parked += 1
     if served != NULL:
         count(&served.counters.parked, 1)
+    if worker.awake:
+        return
     pthread_mutex_lock(&desk.lock)
     room = desk.n_parked < PARKED
     if room:

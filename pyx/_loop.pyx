@@ -10,20 +10,20 @@ from libc.string cimport memcpy
 
 from userfault cimport _abi
 from userfault._abi cimport (
-    c_read, count, load_int, msg_record, now, pollfd, ppoll, pthread_mutex_lock, pthread_mutex_unlock,
+    c_read, load_int, load_ptr, msg_record, now, pollfd, ppoll, pthread_mutex_lock, pthread_mutex_unlock,
     swap_int_if, timespec,
 )
 from userfault._ahead cimport (
-    CAPACITY, GONE, KEEPER, PAIR, SPIN, UNKNOWNS, advance, loop_t, take_orders,
+    CAPACITY, GONE, KEEPER, PAIR, SERVING, SPIN, UNKNOWNS, advance, loop_t, take_orders,
 )
-from userfault._bits cimport is_set, set_bits
-from userfault._evict cimport change
+from userfault._evict cimport change, expect_change
 from userfault._fill cimport park, parked_t, wake
 from userfault._follow cimport ask, epoll_event, find_room, hear
 from userfault._ioctl cimport PAGE_SIZE, uffd_writeprotect
 from userfault._lease cimport lease_end, lease_expire, lease_held, lease_saw, lease_saw_many
 from userfault._serve cimport serve
 from userfault._served cimport served_t
+from userfault._sigbus cimport take_sigbus
 from userfault._space cimport space_t
 from userfault._tree cimport empty, enter, entry_t, find, leave
 
@@ -37,6 +37,7 @@ DEF RETRY_NS = 1000000     # until what was parked is tried again
 DEF ALIKE_NS = 100000000   # between faults that are served as one batch
 DEF SPIN_NS = 200000       # without a fault, until the thread sleeps
 DEF LEASE_NS = 10000000    # until a lease is looked after
+DEF WATCH_NS = 100000000   # between two looks at who has SIGBUS, in mode "inline"
 DEF CHILDREN = 32          # served between two looks at our own faults
 
 
@@ -47,7 +48,7 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
     cdef const timespec *patience
     cdef uint64_t kicks
     cdef int64_t since = 0, last = 0, most
-    cdef bint keen = False, alone = False
+    cdef bint keen = False, alone = False, watching
     cdef ssize_t got
     cdef int err, ready
     fds[0].fd = loop.own.fd
@@ -113,6 +114,9 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             most = LEASE_NS if loop.lease.held else 10 * LEASE_NS
         if loop.children != NULL:
             most = min(most, loop.patience) if most else loop.patience
+        watching = load_ptr(<void **>&loop.hands) != NULL and load_int(&loop.state) == SERVING
+        if watching:
+            most = min(most, <int64_t>WATCH_NS) if most else WATCH_NS
         if most:
             timeout.tv_sec = most // 1000000000
             timeout.tv_nsec = most % 1000000000
@@ -123,6 +127,9 @@ cdef int run_loop(loop_t *loop) noexcept nogil:
             err = errno
             lease_end(&loop.lease)
             return -err
+        if ready == 0 and watching:
+            # Who replaced our handler ends the next thread that faults, or keeps it faulting for ever.
+            take_sigbus()
         if ready == 0 or fds[1].revents:
             pair(loop, 0)
         if fds[1].revents:
@@ -220,7 +227,7 @@ cdef size_t decode(loop_t *loop, size_t n) noexcept nogil:
         elif fault:
             # Changes are watched on msg only.
             if loop.worker.space.tracks and msg.flags & _abi.UFFD_PAGEFAULT_FLAG_WRITE:
-                expect_change(loop, arg & page)
+                expect(loop, arg & page)
             loop.pages[n_pages] = arg & page
             n_pages += 1
         elif not hear(loop, loop.worker.space, loop.records + i * record):
@@ -244,17 +251,13 @@ cdef served_t *watched(loop_t *loop, uint64_t page, uint64_t *number) noexcept n
     return served
 
 
-cdef void expect_change(loop_t *loop, uint64_t page) noexcept nogil:
-    """A missing page is written to: it comes without protection, so that the write need not fault again."""
+cdef void expect(loop_t *loop, uint64_t page) noexcept nogil:
+    """`expect_change`, where changes are watched."""
     cdef uint64_t number
     cdef int ticket = enter(loop.worker.space.tree)
     cdef served_t *served = watched(loop, page, &number)
     if served != NULL:
-        pthread_mutex_lock(&served.hold.budget.lock)
-        if not is_set(served.hold.changed, number):
-            set_bits(served.hold.changed, number, number + 1)
-            count(&served.counters.changed, 1)
-        pthread_mutex_unlock(&served.hold.budget.lock)
+        expect_change(served, number)
     leave(loop.worker.space.tree, ticket)
 
 

@@ -64,6 +64,8 @@ cdef class Native(Source):
         nbytes: how many bytes the source has; None: without end.
         write: a function `int write(void *ctx, uint64_t offset, const void *src, size_t length)` that changes
             are written back with, in whichever form `fn` may have: under the same rules; None: there is none.
+        signal_safe: both functions may run in a signal handler (signal-safety(7)): no malloc, no stdio, no
+            lock that a thread may hold while it touches the memory. Mode "inline" needs that.
 
     fn, the library that it is in, and ctx live as long as the source. Raises SourceError for a Python
     function in any disguise that shows, for another signature, for NULL or an address without code, for a
@@ -74,7 +76,7 @@ cdef class Native(Source):
     cdef void *library
     cdef void *writing_library
 
-    def __init__(self, fn, ctx=None, nbytes=None, *, write=None):
+    def __init__(self, fn, ctx=None, nbytes=None, *, write=None, bint signal_safe=False):
         if self.c.fill != NULL:
             raise SourceError("a Native takes its function once")
         function, context = checked(fn)
@@ -89,6 +91,7 @@ cdef class Native(Source):
             function, _ = checked(write)
             self.c.write = <write_t><uintptr_t>function
             self.writing_library = library_of(function)
+        self.c.signal_safe = signal_safe
 
     def __dealloc__(self):
         if self.library != NULL:

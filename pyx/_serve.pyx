@@ -86,7 +86,7 @@ cdef size_t serve_run(loop_t *loop, const entry_t *entry, served_t *served, cons
             break
         elif i == 0 or not (is_set(served.coming, page) and left_to_worker(loop, served, page)):
             if is_set(served.resident, page):
-                recheck(loop, entry, served, page, low, high)
+                recheck(loop.worker.space.pagemap, entry, served, page, low, high)
             if page >= end:
                 start = chunk_start(served, page)
                 end = min(start + served.chunk, page - page % served.unit + served.unit, high)
@@ -149,7 +149,7 @@ cdef void wake_come(loop_t *loop, const entry_t *entry, const served_t *served, 
         first = stop + 1
 
 
-cdef inline uint64_t chunk_start(const served_t *served, uint64_t page) noexcept nogil:
+cdef uint64_t chunk_start(const served_t *served, uint64_t page) noexcept nogil:
     """The first page of what is filled together with this one: its unit, or a huge page of that."""
     return page - page % served.unit % served.chunk
 
@@ -165,11 +165,11 @@ cdef bint left_to_worker(loop_t *loop, served_t *served, uint64_t page) noexcept
     return True
 
 
-cdef void recheck(loop_t *loop, const entry_t *entry, served_t *served, uint64_t page, uint64_t low,
+cdef void recheck(int pagemap, const entry_t *entry, served_t *served, uint64_t page, uint64_t low,
                   uint64_t high) noexcept nogil:
     """A page that was there is missing: madvise(MADV_DONTNEED) took it, and maybe its neighbours."""
     cdef uint64_t first = page - page % RECHECK
-    if resync(served, loop.worker.space.pagemap, entry.base, max(first, low), min(first + RECHECK, high)) < 0:
+    if resync(served, pagemap, entry.base, max(first, low), min(first + RECHECK, high)) < 0:
         gone(served, page, page + 1)
 
 

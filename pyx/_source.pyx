@@ -53,6 +53,11 @@ cdef class Source:
         """Whether changes can be written back to it."""
         return self.c.write != NULL
 
+    @property
+    def signal_safe(self):
+        """Whether it can fill in a signal handler, as mode "inline" does."""
+        return self.c.signal_safe
+
     def explain(self, int error, uint64_t offset=UINT64_MAX):
         """Why it failed last at that offset, or anywhere with this errno: in its own words, if it has any."""
         cdef char text[LONGEST]
@@ -71,7 +76,7 @@ cdef class Zero(Source):
     """Zeros, without end."""
 
     def __cinit__(self):
-        self.c.zero = True
+        self.c.zero = self.c.signal_safe = True
         self.c.size = UINT64_MAX
 
     def __reduce__(self):
@@ -97,6 +102,7 @@ cdef class Constant(Source):
         self.value = value
         self.c.size = UINT64_MAX
         self.c.fill = self.c.prompt = fill_with_constant
+        self.c.signal_safe = True
         self.c.ctx = &self.value
 
     def __repr__(self):
@@ -138,6 +144,7 @@ cdef class Pattern(Source):
         self.base = base
         self.c.size = UINT64_MAX
         self.c.fill = self.c.prompt = fill_with_pattern
+        self.c.signal_safe = True
         self.c.ctx = &self.base
 
     def __repr__(self):
@@ -192,6 +199,7 @@ cdef class Buffer(Source):
         self.c.direct = <const char *>self.view.buf
         self.c.size = self.view.len
         self.c.ctx = self.view.buf
+        self.c.signal_safe = True
         if not self.view.readonly:
             self.c.write = write_to_buffer
         _live_buffers.add(self)
@@ -316,6 +324,7 @@ cdef class File(Source):
         self.c.size = status.st_size - offset
         self.c.fill = fill_from_file
         self.c.prompt = fill_from_cache
+        self.c.signal_safe = True
         self.c.ctx = &self.file
         if writable:
             self.c.write = write_to_file

@@ -24,11 +24,11 @@ def written():
             os.fsync(file.fileno())
     return FILE
 
-def native(first=0, end=0, times=2**62, error=errno.EIO, ns=0):
+def native(first=0, end=0, times=2**62, error=errno.EIO, ns=0, **options):
     "The data by a C function, which so many times does not give pages of [first, end); and its ctx."
     ctx = np.array([data.ctypes.data, first * PAGE, end * PAGE, times, -error, ns, 0])
     library = ctypes.CDLL(LIBRARY)
-    return uf.sources.Native(library.give, ctx, data.nbytes, write=library.take), ctx
+    return uf.sources.Native(library.give, ctx, data.nbytes, write=library.take, **options), ctx
 
 def same(array, first=0, end=N):
     return bool((array[first * PAGE:end * PAGE] == data[first * PAGE:end * PAGE]).all())

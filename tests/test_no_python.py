@@ -22,6 +22,7 @@ import userfault._evict
 import userfault._fill
 import userfault._follow
 import userfault._hold
+import userfault._inline
 import userfault._ioctl
 import userfault._lease
 import userfault._loop
@@ -29,6 +30,7 @@ import userfault._pager
 import userfault._say
 import userfault._serve
 import userfault._served
+import userfault._sigbus
 import userfault._slab
 import userfault._source
 import userfault._space
@@ -37,7 +39,9 @@ import userfault._tree
 
 MODULES = {
     userfault._loop: ("run_loop",),
-    userfault._serve: ("serve",),
+    userfault._serve: ("serve", "chunk_start", "recheck", "take_whole"),
+    userfault._inline: ("serve_own",),
+    userfault._sigbus: ("on_sigbus", "take_sigbus"),
     userfault._stage: ("new_stage", "free_stage", "stage_is_huge", "is_prompt", "bring"),
     userfault._follow: ("hear", "ask", "find_room", "end_children"),
     userfault._books: ("decode_event", "keep_books", "find_grown", "copy_books", "poison_missing"),
@@ -48,7 +52,7 @@ MODULES = {
     userfault._served: ("look_ahead", "resync", "first_missing", "missing_end"),
     userfault._hold: ("any_changed", "there", "gone", "take_out", "believe", "leave_budget"),
     userfault._budget: ("entry_of", "member_of", "block_of", "is_whole", "push", "pop"),
-    userfault._evict: ("make_room", "change"),
+    userfault._evict: ("make_room", "change", "expect_change"),
     userfault._say: ("say", "say_why"),
     userfault._pager: ("keep_pager", "fill_from_pager", "write_to_pager", "sync_pager", "words_of_pager"),
     userfault._lease: ("lease_saw", "lease_saw_many", "lease_held", "lease_expire", "lease_end"),
@@ -102,9 +106,10 @@ ALLOWED = {
         "clock_gettime",
         "sysconf",
     ),
-    *("sched_yield", "sched_getcpu", "sched_getaffinity", "sched_setaffinity", "__sched_cpucount"),
+    *("usleep", "sched_yield", "sched_getcpu", "sched_getaffinity", "sched_setaffinity", "__sched_cpucount"),
     *("pthread_mutex_init", "pthread_mutex_lock", "pthread_mutex_unlock"),
     *("pthread_cond_wait", "pthread_cond_signal", "pthread_cond_broadcast"),
+    *("pthread_self", "pthread_sigmask", "sigaction", "sigemptyset", "raise"),
     *("posix_spawn", "waitid", "kill"),  # vfork: glibc's malloc and fork handlers have no part in it
     *("memcpy", "memset", "memmove", "strchr", "strrchr", "strtol", "strtoll", "snprintf", "strlen"),
     *("__errno_location", "abort"),

@@ -10,12 +10,12 @@ import pytest
 from support import KERNEL_WIRES, LAB, Child
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-NAMES = ("lazy", "stores", "pager", "service", "fork", "monitor")
+NAMES = ("lazy", "stores", "pager", "service", "inline", "fork", "monitor")
 BLOCKS = dict(zip(NAMES, re.findall(r"```python\n(.*?)```", README, re.S), strict=True))
 if LAB:
     del BLOCKS["stores"], BLOCKS["pager"]  # another Python takes its time to start there
 if LAB and "msg" not in KERNEL_WIRES:
-    del BLOCKS["lazy"]  # it writes, which needs msg
+    del BLOCKS["lazy"], BLOCKS["inline"]  # which need msg
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -177,6 +177,7 @@ cdef extern from *:
     int load_int "uf_load"(int *p) nogil
     void store_int "uf_store"(int *p, int v) nogil
     bint swap_int_if "uf_swap_if"(int *p, int old, int new) nogil
+    bint swap_u64_if "uf_swap_if"(uint64_t *p, uint64_t old, uint64_t new) nogil
     uint64_t load_u64 "uf_load"(uint64_t *p) nogil
     void store_u64 "uf_store"(uint64_t *p, uint64_t v) nogil
     int64_t load_i64 "uf_load"(int64_t *p) nogil

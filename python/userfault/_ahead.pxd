@@ -48,6 +48,7 @@ cdef struct loop_t:
     int64_t patience       # until it is asked again
     crew_t crew
     worker_t worker
+    worker_t *hands        # of threads that serve their own faults; NULL: none do
     int wire
     int kick_fd
     int state

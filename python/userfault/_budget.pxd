@@ -43,5 +43,6 @@ cdef bint pop(fifo_t *queue, uint64_t *entry) noexcept nogil
 cdef class Budget:
     cdef budget_t c
     cdef int pid
+    cdef public object serving  # who lets go of pages: threads, or who faults; None: it has no array yet
 
     cdef int join(self, void *served) except -2

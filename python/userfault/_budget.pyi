@@ -3,6 +3,7 @@ from typing import Final, NoReturn, Self
 LEAST_BYTES: Final[int]
 
 class Budget:
+    serving: str | None
     def __new__(cls, nbytes: int | None) -> Self: ...
     @property
     def nbytes(self) -> int | None: ...

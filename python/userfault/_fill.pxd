@@ -78,6 +78,7 @@ ctypedef struct worker_t:
     space_t *space        # the memory that is being filled
     bint guarded          # others read the events that change its layout
     bint visits           # it is a thread of the program's, that asks for pages ahead of need
+    bint awake            # it is the thread that faulted: nobody sleeps, and it tries again itself
     counters_t counters
     int64_t since         # when the faults at hand were read
     int tries             # times that the end of an event is waited for, awake, until faults are parked

@@ -10,4 +10,5 @@ class Native(Source):
         nbytes: SupportsIndex | None = None,
         *,
         write: object = None,
+        signal_safe: bool = False,
     ) -> None: ...

@@ -79,6 +79,7 @@ cdef struct served_t:
     stream_t *streams
     int n_streams
     uint64_t tick
+    int looking                  # of threads that serve their own faults, one at a time reads ahead
     hold_t *hold                 # NULL: no lazy array, or a fork child's copy
     region_counters_t *counters  # shared with the copies for fork children
 

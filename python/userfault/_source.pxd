@@ -27,6 +27,9 @@ ctypedef struct source_t:
     words_t words        # NULL: an errno says it all
     # It has something to do for a unit that it should do once: one thread asks for all of a unit.
     bint whole_units
+    # All its functions may run in a signal handler: they take no lock that a thread may hold while it touches
+    # served memory, and allocate nothing.
+    bint signal_safe
     void *ctx
 
 cdef int fill_with_constant(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil

@@ -24,9 +24,10 @@ from userfault._served import Served
 from userfault._source import Source
 from userfault.errors import ClosedError, ForkedError, LimitError, SourceError, UffdError, UnsupportedError
 from userfault.flags import Api, Feature, RegisterMode
+from userfault.negotiation import DEFAULT
 from userfault.pager import Pager
 from userfault.selection import Pages, merge, parts_of
-from userfault.service import FaultService, Hold, Placement, Readahead
+from userfault.service import FaultService, Hold, Placement, Readahead, Serving
 from userfault.uffd import Userfaultfd
 
 _STEP_SECONDS = 0.05
@@ -40,7 +41,7 @@ _HUGE_PAGES = 512
 Progress = Callable[[int, int], object]
 
 _lock = threading.RLock()  # a signal handler may open an array too
-_services: dict[str, FaultService] = {}
+_services: dict[tuple[Serving, Placement], FaultService] = {}
 
 
 def _start_anew() -> None:
@@ -53,17 +54,21 @@ def _start_anew() -> None:
 os.register_at_fork(after_in_child=_start_anew)
 
 
-def service_for(placement: Placement) -> FaultService:
-    """The service of this process's lazy arrays, one for each placement; it stays until the process ends."""
+def service_for(serving: Serving, placement: Placement) -> FaultService:
+    """The service of this process's lazy arrays, one for each way; it stays until the process ends."""
     with _lock:
-        service = _services.get(placement)
+        service = _services.get((serving, placement))
         if service is None or service.closed or service._engines[0].error:
             workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
-            service = _services[placement] = _new_service(workers, placement)
+            service = _services[serving, placement] = _new_service(workers, serving, placement)
         return service
 
 
-def _new_service(workers: int, placement: Placement) -> FaultService:
+def _new_service(workers: int, serving: Serving, placement: Placement) -> FaultService:
+    if serving == "inline":
+        with Userfaultfd("msg") as has:
+            usual = DEFAULT & Feature(has.agreement.available)
+        return FaultService(Userfaultfd("msg", usual | Feature.SIGBUS), mode="inline")
     try:
         userfaultfd = Userfaultfd("msg")
     except UnsupportedError:
@@ -76,7 +81,7 @@ class Backing:
 
     Args:
         source, offset, nbytes: which bytes of the source it holds.
-        mode, page_bytes, readahead, on_error, placement: as for `lazy_array`.
+        mode, page_bytes, readahead, on_error, serving, placement: as for `lazy_array`.
         budget: what it counts in.
         name: for messages.
         pager: the source, if it ends with the array.
@@ -93,6 +98,7 @@ class Backing:
         readahead: Readahead,
         budget: Budget | None,
         on_error: str,
+        serving: Serving,
         placement: Placement,
         name: str,
         pager: Pager | None,
@@ -105,6 +111,7 @@ class Backing:
         self.readahead = readahead
         self.budget = budget
         self.on_error = on_error
+        self.serving = serving
         self.placement = placement
         self.name = name
         self._pager = pager
@@ -112,7 +119,7 @@ class Backing:
         # What waits for one pager must not hold up the pages of another.
         alone = isinstance(source, Pager)
         self.fillers = source.workers if isinstance(source, Pager) else 1
-        service = _new_service(self.fillers, placement) if alone else service_for(placement)
+        service = _new_service(self.fillers, serving, placement) if alone else service_for(serving, placement)
         userfaultfd = service._userfaultfd
         tracked = mode != "r"
         if tracked and (
@@ -181,8 +188,13 @@ class Backing:
 
     @property
     def user_mode_only(self) -> bool:
-        """Whether system calls on missing pages fail."""
+        """Whether the kernel delivers no faults of system calls."""
         return self._service._userfaultfd.opened_by == "user-mode-only"
+
+    @property
+    def fails_system_calls(self) -> bool:
+        """Whether system calls on missing pages fail with EFAULT."""
+        return self.serving == "inline" or self.user_mode_only
 
     def check(self) -> None:
         """Raise ForkedError in a fork child, ClosedError when it is closed."""

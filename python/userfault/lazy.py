@@ -22,7 +22,7 @@ from userfault.backing import Backing, Progress
 from userfault.errors import ClosedError, SourceError, UnsupportedError
 from userfault.pager import Pager, PagerOptions, PythonSource, is_python_source
 from userfault.selection import pages_of
-from userfault.service import Placement, Readahead, check_serving
+from userfault.service import SERVINGS, Placement, Readahead, Serving, check_serving, check_signal_safe
 
 Mode = Literal["r", "c", "r+"]
 _MODES = ("r", "c", "r+")
@@ -169,9 +169,10 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
     def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
         """ndarray.tofile. Raises UnsupportedError when it would fail with EFAULT: see `lazy_array`."""
         backing = self._backing
-        if backing is not None and backing.user_mode_only and not self.resident.all():
+        if backing is not None and backing.fails_system_calls and not self.resident.all():
+            why = 'with serving="inline"' if backing.serving == "inline" else "here"
             raise UnsupportedError(
-                errno.EFAULT, "system calls cannot read missing pages here: materialize() the array first"
+                errno.EFAULT, f"system calls cannot read missing pages {why}: materialize() the array first"
             )
         super().tofile(fid, sep, format)
 
@@ -205,6 +206,7 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
             "readahead": backing.readahead,
             "memory_limit": backing.budget.nbytes if backing.budget else None,
             "on_error": backing.on_error,
+            "serving": backing.serving,
             "placement": backing.placement,
         }
         at = self.__array_interface__["data"][0] - backing.start - backing.first_byte
@@ -224,6 +226,7 @@ def lazy_array(
     readahead: Readahead = "adaptive",
     memory_limit: int | Budget | None = None,
     on_error: Literal["poison", "retry"] = "poison",
+    serving: Serving = "threads",
     placement: Placement = "spin",
     **pager: Unpack[PagerOptions],
 ) -> LazyArray:
@@ -246,7 +249,10 @@ def lazy_array(
             again and again.
         on_error: what happens to a page that the source does not give: "poison": touching it raises SIGBUS,
             and one line on stderr says why. "retry": it is asked for again for 30 s, and poisoned then.
-        placement: as for `FaultService`.
+        serving, placement: as `mode` and `placement` of `FaultService`. "inline": the thread that touches a
+            page brings it, which is the fastest for a few elements here and there. Then system calls on
+            missing pages fail with EFAULT ("Bad address"): `prefetch` what they read, and do not have them
+            write into the array. A Budget is for arrays of one serving. See docs/inline.md.
 
     Where only user-mode faults are delivered (see `userfault doctor`), system calls on missing pages fail
     with EFAULT ("Bad address"), which a RuntimeWarning says: `prefetch` what they read.
@@ -260,6 +266,10 @@ def lazy_array(
         raise ValueError(f"mode is one of {', '.join(_MODES)}, not {mode!r}")
     if on_error not in _ON_ERROR:
         raise ValueError(f"on_error is one of {', '.join(_ON_ERROR)}, not {on_error!r}")
+    if serving not in SERVINGS:
+        raise ValueError(f"serving is one of {', '.join(SERVINGS)}, not {serving!r}")
+    if serving == "inline" and placement != "spin":
+        raise ValueError('placement is for serving="threads": inline nobody else serves')
     if order not in ("C", "F"):
         raise ValueError(f'order is "C" or "F", not {order!r}')
     dtype = np.dtype(dtype)
@@ -279,6 +289,13 @@ def lazy_array(
         page_bytes = _page_bytes(source, limit)
     check_serving(source, readahead, page_bytes)
     assert isinstance(source, Source)
+    if serving == "inline":
+        check_signal_safe(source)
+    if memory_limit is not None:
+        # Who makes room writes back what others have changed, by their sources.
+        if memory_limit.serving not in (None, serving):
+            raise ValueError(f"the memory_limit is of arrays served by mode {memory_limit.serving!r}")
+        memory_limit.serving = serving
     if not 0 <= index(offset) <= source.nbytes:
         raise ValueError(f"offset {offset} is outside {source!r} of {source.nbytes} bytes")
     shape = _shape(source, shape, dtype, offset)
@@ -308,11 +325,12 @@ def lazy_array(
         readahead=readahead,
         budget=memory_limit,
         on_error=on_error,
+        serving=serving,
         placement=placement,
         name=name,
         pager=own if isinstance(own, Pager) and own._of_array else None,
     )
-    if backing.user_mode_only:
+    if backing.user_mode_only and serving == "threads":
         warnings.warn(
             "system calls on missing pages fail with EFAULT here: prefetch() or materialize() what they "
             "read, or give access to /dev/userfaultfd",

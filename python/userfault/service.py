@@ -19,6 +19,7 @@ from userfault._budget import Budget
 from userfault._consts import PAGE_SIZE
 from userfault._engine import PLACEMENTS, STAGES, Engine
 from userfault._errno import error_for
+from userfault._native import Native
 from userfault._served import Served
 from userfault._source import Source
 from userfault.errors import BusyError, ClosedError, ForkedError, RangeError, SourceError, UnsupportedError
@@ -37,6 +38,8 @@ _RETRY_SECONDS = 0.1
 _STALLED_SECONDS = 10.0
 
 Placement = Literal["spin", "any", "pair"]
+Serving = Literal["threads", "inline"]
+SERVINGS = ("threads", "inline")
 Readahead = int | Literal["adaptive"]
 
 
@@ -94,10 +97,16 @@ class FaultService:
         placement: "spin": the reading thread waits awake for up to 200 µs while faults keep coming.
             "any": it never does. "pair": it shares a processor with the thread that keeps faulting,
             whose affinity it leases meanwhile: the fastest for one such thread (needs Feature.THREAD_ID).
+        mode: "threads": as said above. "inline": each fault is served by the thread that took it, in the
+            handler of SIGBUS, which saves two switches of threads: for a userfaultfd with Feature.SIGBUS and
+            without events, and sources that are `signal_safe`. System calls on missing pages fail with EFAULT
+            then: `materialize` what they use. docs/inline.md says what else to know. workers, shards and
+            placement are of mode "threads".
 
     Raises BusyError when another service is open on it, ClosedError, ForkedError, and UnsupportedError for
-    Feature.SIGBUS, for regions that report more than missing pages, for "pair" without thread ids, and for
-    the userfaultfd of a fork child, which its parent's service follows.
+    features that do not fit the mode, for regions that report more than missing pages, for "pair" without
+    thread ids, for SIGBUS blocked in this thread (mode "inline"), and for the userfaultfd of a fork child,
+    which its parent's service follows; ValueError for the other arguments.
     """
 
     def __init__(
@@ -107,6 +116,7 @@ class FaultService:
         *,
         shards: int = 1,
         placement: Placement = "spin",
+        mode: Serving = "threads",
     ) -> None:
         if not isinstance(userfaultfd, Userfaultfd):
             raise TypeError(f"need a Userfaultfd, not {type(userfaultfd).__name__}")
@@ -115,12 +125,17 @@ class FaultService:
                 raise ValueError(f"{name} is from 1 to {most}, not {value}")
         if placement not in PLACEMENTS:
             raise ValueError(f"placement is one of {', '.join(PLACEMENTS)}, not {placement!r}")
+        if mode not in SERVINGS:
+            raise ValueError(f"mode is one of {', '.join(SERVINGS)}, not {mode!r}")
+        if mode == "inline" and (workers, shards, placement) != (1, 1, "spin"):
+            raise ValueError('workers, shards and placement are of mode="threads": inline nobody else serves')
+        self._mode = mode
         self._workers = workers
         self._placement = PLACEMENTS.index(placement)
         with userfaultfd._ours():
             if userfaultfd._service is not None:
                 raise BusyError("another FaultService is open on this userfaultfd")
-            _check_features(userfaultfd, placement)
+            _check_features(userfaultfd, placement, mode)
             features = Feature(userfaultfd.features) if userfaultfd.api == Api.MSG else None
             self._userfaultfd = userfaultfd
             self._shards = [userfaultfd]
@@ -130,6 +145,8 @@ class FaultService:
                 self._engines = [shard._ensure_engine(as_keeper=False) for shard in self._shards]
                 for engine in self._engines:
                     engine.employ(workers if workers > 1 else 0, self._placement)
+                    if mode == "inline":
+                        engine.serve_inline()
             except BaseException:
                 self._end(self._shards)
                 raise
@@ -175,8 +192,9 @@ class FaultService:
                 mapped huge where the kernel can (UFFDIO_MOVE, Linux 6.8).
 
         The source's last, partial page is filled up with zeros. Raises SourceError when the source has
-        fewer pages than the region, or is no Source, or the region is served already, or it is memory that
-        has pages already, which would keep what they hold; RangeError for another userfaultfd's region;
+        fewer pages than the region, or is no Source, or (mode "inline") not `signal_safe`, or the region is
+        served already, or it is memory that has pages already, which would keep what they hold; RangeError
+        for another userfaultfd's region; UnsupportedError (mode "inline") for SIGBUS blocked in this thread;
         ValueError for the other arguments; ClosedError, ForkedError; UffdError when the engine has failed.
         """
         self._engine_of(region)
@@ -194,6 +212,9 @@ class FaultService:
     ) -> Served:
         """Serve the region from the source's byte `start` on."""
         engine = self._engine_of(region)
+        if self._mode == "inline":
+            check_signal_safe(source)
+            engine.serve_inline()  # somebody may have taken SIGBUS since
         pages = region.length // PAGE_SIZE
         ahead = _ADAPTIVE if readahead == "adaptive" else min(index(readahead), pages)
         unit = min(page_bytes // PAGE_SIZE, pages)
@@ -420,12 +441,37 @@ def check_serving(source: Any, readahead: Readahead, page_bytes: int) -> None:
         raise ValueError(f'readahead is "adaptive" or a number of pages, not {readahead!r}')
 
 
-def _check_features(userfaultfd: Userfaultfd, placement: str) -> None:
+def check_signal_safe(source: Source) -> None:
+    """Refuse a source that cannot fill in a signal handler."""
+    if not source.signal_safe:
+        remedy = "serve it by threads"
+        if isinstance(source, Native):
+            remedy = (
+                "if its function takes no lock and allocates nothing, say so: Native(…, signal_safe=True)"
+            )
+        raise SourceError(
+            f"{source!r} cannot be served inline: it may wait for a lock that the thread which touches the "
+            f"page holds; {remedy}"
+        )
+
+
+def _check_features(userfaultfd: Userfaultfd, placement: str, serving: str) -> None:
     """Raise UnsupportedError for what a service does not follow, or lacks."""
     features = Feature(userfaultfd.features) if userfaultfd.api == Api.MSG else Feature(0)
-    if Feature.SIGBUS in features:
+    if serving == "inline" and Feature.SIGBUS not in features:
         raise UnsupportedError(
-            errno.EOPNOTSUPP, "with Feature.SIGBUS no fault is ever reported: open without it"
+            errno.EOPNOTSUPP,
+            'mode="inline" needs Userfaultfd("msg", Feature.SIGBUS | …): each fault must raise SIGBUS',
+        )
+    if serving == "inline" and userfaultfd.agreement.events:
+        raise UnsupportedError(
+            errno.EOPNOTSUPP,
+            f'mode="inline" follows no events: open without {names(userfaultfd.agreement.events)}',
+        )
+    if serving == "threads" and Feature.SIGBUS in features:
+        raise UnsupportedError(
+            errno.EOPNOTSUPP,
+            'with Feature.SIGBUS no fault is ever reported: open without it, or use mode="inline"',
         )
     if placement == "pair" and Feature.THREAD_ID not in features:
         raise UnsupportedError(

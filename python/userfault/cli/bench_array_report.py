@@ -17,7 +17,8 @@ _TITLES = {
     "inflate": "Chunks that zlib compressed, from opening to the result",
 }
 _NOTE = """\
-lazy: lazy_array with its defaults; 2 MiB: page_bytes; pair: placement="pair"; prefetch: prefetch() of the
+lazy: lazy_array with its defaults; 2 MiB: page_bytes; pair: placement="pair";
+inline: serving="inline"; prefetch: prefetch() of the
 elements first; fromfile: everything read; memmap: numpy.memmap; pread: into a page, nothing is kept; all:
 everything decompressed first. Ratios: the median of each round's own, and that of the best rounds."""
 

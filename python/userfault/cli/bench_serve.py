@@ -14,6 +14,13 @@ _SECONDS = 7200
 
 
 @click.command()
+@click.option(
+    "--mode",
+    type=click.Choice(["threads", "inline"]),
+    default="threads",
+    show_default=True,
+    help="Who serves a fault: threads of the service's own, or the thread that took it.",
+)
 @click.option("--quick", is_flag=True, help="Little of everything, to see that it works.")
 @click.option(
     "--rounds",
@@ -26,20 +33,26 @@ _SECONDS = 7200
 @bench_script.plot_option
 @click.pass_context
 def serve(
-    context: click.Context, quick: bool, rounds: int, json_file: str | None, plot_file: str | None
+    context: click.Context,
+    mode: str,
+    quick: bool,
+    rounds: int,
+    json_file: str | None,
+    plot_file: str | None,
 ) -> None:
     """What a fault costs from touch to touch, by access pattern and number of threads.
 
     Beside ours: handlers in C, which read one record or 256 records a read(), and the Python loop. Then
     whole regions beside a memcpy, a large dispatch table, many threads asleep at once, an idle service, and
-    close() under load. Each goal is said to be met or missed.
+    close() under load. In mode inline: random pages and pages in order, also beside a handler of SIGBUS in C.
+    Each goal is said to be met or missed.
     """
     with bench_script.told(context):
         folder = bench_script.checkout(Path.cwd())
         draw = bench_script.plots().serve_cost if plot_file else None
-        facts = bench_script.facts(rounds=rounds, quick=quick)
+        facts = bench_script.facts(mode=mode, rounds=rounds, quick=quick)
         with Console(stderr=True).status("measuring (some minutes)"):
-            command = [str(folder / "serve.py"), "--json", "--rounds", str(rounds)]
+            command = [str(folder / "serve.py"), "--json", "--mode", mode, "--rounds", str(rounds)]
             command += ["--quick"] if quick else []
             facts["serve"] = json.loads(bench_script.run(command, _SECONDS))
         bench_script.keep(facts, json_file)

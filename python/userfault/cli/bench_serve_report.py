@@ -20,8 +20,9 @@ _TITLES = {
 }
 _NOTE = """\
 (a) C: poll, read of one record, UFFDIO_COPY; (b) C: the same with 256 records; pinned: it and the toucher
-on one CPU; (c) Python: a loop of os.read and fcntl.ioctl; ours: with the default read-ahead; 1 page: with
-readahead=0; pair: placement="pair"; 2 MiB: page_bytes; memcpy: into fresh huge pages.
+on one CPU; (c) Python: a loop of os.read and fcntl.ioctl; (d) SIGBUS: a signal handler in C, one
+UFFDIO_COPY in the thread that touches; inline: ours with mode="inline"; ours: with the default read-ahead;
+1 page: with readahead=0; pair: placement="pair"; 2 MiB: page_bytes; memcpy: into fresh huge pages.
 Ratios: the median of each round's own, and that of the best rounds."""
 
 
