@@ -269,6 +269,15 @@ cdef void end_requests(pager_t *pager, int error) noexcept nogil:
     futex_wake(&pager.head.phase)
 
 
+cdef void end_closed(pager_t *pager) noexcept nogil:
+    """We are told to stop: what failed before is not why requests fail from now on."""
+    cdef const char *words = "its pager was closed"
+    pthread_mutex_lock(&pager.lock)
+    note_words(pager, 0, UINT64_MAX, ECANCELED, words, strlen(words) + 1)
+    pthread_mutex_unlock(&pager.lock)
+    end_requests(pager, ECANCELED)
+
+
 cdef bint is_wanted(pager_t *pager) noexcept nogil:
     """Whether somebody waits for an answer. Wakes those who have one: a pager may have died before it did."""
     cdef slot_t *slot
@@ -350,7 +359,7 @@ cdef void *keep_pager(void *argument) noexcept nogil:
         answered = load_u64(&pager.head.answered)
         store_int(&pager.head.phase, STARTING)
         if run_pager(pager, reason):
-            end_requests(pager, ECANCELED)
+            end_closed(pager)
             return NULL
         phase = load_int(&pager.head.phase)
         wanted = is_wanted(pager)
@@ -368,7 +377,7 @@ cdef void *keep_pager(void *argument) noexcept nogil:
         if failures >= pager.patience or (phase == FAILED and pager.starts == 1):
             break
         if deaths > 1 and wait_for(-1, pager.stop_fd, min(PAUSE_MS << min(deaths, 5), MOST_PAUSE_MS)):
-            end_requests(pager, ECANCELED)
+            end_closed(pager)
             return NULL
     pthread_mutex_lock(&pager.lock)
     if phase == FAILED or failures < 2:

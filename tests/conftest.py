@@ -35,6 +35,10 @@ _NATIVE_ONLY = (
 )
 collect_ignore = [*(f"test_{name}.py" for name in _NATIVE_ONLY), "native"] if LAB else []
 
+# A boot of the lab may leave a wire to another.
+_ASKED = os.environ.get("USERFAULT_TRIED", ",".join(KERNEL_WIRES)).split(",")
+TRIED = tuple(wire for wire in KERNEL_WIRES if wire in _ASKED)
+
 HERE = Path(__file__).parent
 
 
@@ -54,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if any("wire" in str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")):
         return
     # Where nothing can be opened msg stands for all, and says why it is skipped.
-    real = KERNEL_WIRES or ("msg",)
+    real = TRIED or ("msg",)
     wires = [pytest.param(wire, id=wire) for wire in real]
     if "faults" in metafunc.fixturenames and not LAB:
         wires += [pytest.param(wire, id=f"{wire}-model") for wire in WIRES[:2] if wire not in real]
@@ -70,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"the kernel has no {names(mark.args[0])}"))
             if LAB:
                 return False
-        return wire is None or wire in (KERNEL_WIRES or ("msg",)) or model
+        return wire is None or wire in (TRIED or ("msg",)) or model
 
     # This hook sees the items of all folders.
     items[:] = [item for item in items if HERE not in item.path.parents or there(item)]

@@ -343,3 +343,9 @@ def unbound() -> Words:
     pr_set_pdeathsig = 1
     assert ctypes.CDLL(None).prctl(pr_set_pdeathsig, 0) == 0
     return Words(CHUNK)
+
+
+def failing(nbytes: int, password: str) -> Words:
+    """A source whose every chunk fails, and that may tell nobody what it was given."""
+    assert password
+    return Words(nbytes, log="/nowhere/at/all")

@@ -315,8 +315,10 @@ def test_the_suite_runs_every_wire_on_two_boots(whole_suite: Any) -> None:
     assert (status, told["outcome"], told["reasons"]) == (0, "passed", [])
     assert told["wires"] == {"-": 2, "v1": 4, "v2": 6, "msg": 4}
     assert "--" not in lines[0], "the checks"
-    for line, wires in zip(lines[1:], ("v2,msg", "v1,v2"), strict=True):
+    tried = ("v2,msg", "v1")
+    for line, wires, these in zip(lines[1:], ("v2,msg", "v1,v2"), tried, strict=True):
         assert f"USERFAULT_WIRES={wires}" in line
+        assert f"USERFAULT_TRIED={these}" in line
         assert ("v1_api=0xAA" in line) == (wires == "v1,v2")
         assert line[line.index("--") :][1:4] == ["python", "-m", "pytest"]
 

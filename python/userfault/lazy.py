@@ -20,7 +20,7 @@ from userfault._consts import PAGE_SIZE
 from userfault._source import File, Source, Zero
 from userfault.backing import Backing, Progress
 from userfault.errors import ClosedError, SourceError, UnsupportedError
-from userfault.pager import Pager, PagerOptions, PythonSource, is_python_source
+from userfault.pager import Pager, PagerOptions, PythonSource, Recipe, is_python_source, reopen
 from userfault.selection import pages_of
 from userfault.service import SERVINGS, Placement, Readahead, Serving, check_serving, check_signal_safe
 
@@ -211,7 +211,9 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
         }
         at = self.__array_interface__["data"][0] - backing.start - backing.first_byte
         place = (backing.offset, backing.nbytes, at, self.shape, self.strides, self.dtype)
-        return _reopen, (backing.source, *place, how)
+        source = backing.source
+        # A pager of its own, also beside other arrays of the same one: it ends with the array.
+        return _reopen, (source._recipe if isinstance(source, Pager) else source, *place, how)
 
 
 def lazy_array(
@@ -291,11 +293,9 @@ def lazy_array(
     assert isinstance(source, Source)
     if serving == "inline":
         check_signal_safe(source)
-    if memory_limit is not None:
+    if memory_limit is not None and memory_limit.serving not in (None, serving):
         # Who makes room writes back what others have changed, by their sources.
-        if memory_limit.serving not in (None, serving):
-            raise ValueError(f"the memory_limit is of arrays served by mode {memory_limit.serving!r}")
-        memory_limit.serving = serving
+        raise ValueError(f"the memory_limit is of arrays served by mode {memory_limit.serving!r}")
     if not 0 <= index(offset) <= source.nbytes:
         raise ValueError(f"offset {offset} is outside {source!r} of {source.nbytes} bytes")
     shape = _shape(source, shape, dtype, offset)
@@ -312,6 +312,8 @@ def lazy_array(
         raise ValueError(
             f"the memory_limit of {limit} is less than {_UNITS_IN_LIMIT} times page_bytes: {page_bytes}"
         )
+    if memory_limit is not None:
+        memory_limit.serving = serving
     own = source
     if nbytes == 0:
         source, offset = Zero(), 0  # one page that nobody can see
@@ -375,7 +377,7 @@ def _array(backing: Backing, shape: tuple[int, ...], dtype: np.dtype[Any], **lay
 
 
 def _reopen(
-    source: Source,
+    source: Source | Recipe,
     offset: int,
     nbytes: int,
     at: int,
@@ -385,7 +387,8 @@ def _reopen(
     how: dict[str, Any],
 ) -> LazyArray:
     """What a pickled LazyArray is made by."""
-    if isinstance(source, Pager):
+    if isinstance(source, tuple):
+        source = reopen(*source)
         source._of_array = True
     whole = lazy_array(source, nbytes, np.uint8, offset=offset, **how)
     backing = whole._lazy()

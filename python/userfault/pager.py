@@ -10,11 +10,12 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from operator import index
 from typing import Any, Protocol, Self, TypedDict
 
 from userfault._pager import Remote, memory_bytes
-from userfault.errors import SourceError
+from userfault.errors import ForkedError, SourceError
 
 _MOST_WORKERS = 64
 _START = (
@@ -35,6 +36,9 @@ class PythonSource(Protocol):
     def nbytes(self) -> int: ...
 
     def read_into(self, offset: int, buffer: memoryview) -> int | None: ...
+
+
+Recipe = tuple[bytes, str, int, int | None, int, int]
 
 
 class PagerOptions(TypedDict, total=False):
@@ -73,7 +77,8 @@ class Pager(Remote):
     one at a time, while nothing is read. If that does not make the bytes durable, it has a method `flush()`.
     All its methods may be called by several threads. The pager holds no descriptors but standard output and
     error, and the standard input is empty; it ignores Control-C, and ends with this process, however that
-    ends.
+    ends. It waits for the source as long as that takes, and a write waits for the reads under way: so a read
+    that does not return holds up flush(), and in mode "r+" close() and the exit. Give a source time limits.
 
     Raises SourceError when the source cannot be made, in its own words, TypeError for what is no source,
     ValueError for the numbers, OSError.
@@ -93,7 +98,7 @@ class Pager(Remote):
                 f"{type(source).__name__} is not a page source: it needs nbytes and "
                 "read_into(offset, buffer), or to be a function that returns what has them"
             )
-        self._start(_pickled(source), repr(source), workers, chunk_bytes, cache_bytes, restarts)
+        self._start(_pickled(source), _name(source), workers, chunk_bytes, cache_bytes, restarts)
 
     def _start(
         self,
@@ -113,6 +118,7 @@ class Pager(Remote):
         if not sys.executable:
             raise SourceError("sys.executable is not set: a pager needs a Python to run")
         self._recipe = (pickled, name, workers, chunk_bytes, cache_bytes, restarts)
+        self._pid = os.getpid()
         self._of_array = False  # it was made for one array, and ends with that
         self.workers = workers
         about = {
@@ -131,7 +137,7 @@ class Pager(Remote):
         with os.fdopen(os.dup(config), "wb") as file:
             file.write(json.dumps(about).encode() + b"\n")
             file.write(pickled)
-        command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", _START]  # type: ignore[attr-defined]
+        command = [sys.executable, *subprocess._args_from_interpreter_flags(), "-u", "-P", "-c", _START]  # type: ignore[attr-defined]
         super().__init__(
             [*map(os.fsencode, command), b"%d" % memory, b"%d" % config],
             [b"%s=%s" % item for item in os.environb.items()],
@@ -141,11 +147,18 @@ class Pager(Remote):
             restarts,
         )
 
+    def check(self) -> None:
+        """Raise ForkedError in a fork child, SourceError when it answers no more."""
+        if os.getpid() != self._pid:
+            raise ForkedError("a fork child does not have the pager: make one of its own in the child")
+        if self.closed:
+            raise SourceError(f"{self!r} is closed, or was given up: make another")
+
     def __repr__(self) -> str:
         return f"Pager({self._recipe[1]})"
 
     def __reduce__(self) -> Any:
-        return _reopen, self._recipe
+        return reopen, self._recipe
 
     def __enter__(self) -> Self:
         return self
@@ -159,11 +172,18 @@ def is_python_source(source: object) -> bool:
     return (hasattr(source, "nbytes") and callable(getattr(source, "read_into", None))) or callable(source)
 
 
-def _reopen(pickled: bytes, name: str, *numbers: Any) -> Pager:
+def reopen(pickled: bytes, name: str, *numbers: Any) -> Pager:
     """What a pickled Pager is made by."""
     pager = Pager.__new__(Pager)
     pager._start(pickled, name, *numbers)
     return pager
+
+
+def _name(source: object) -> str:
+    """For messages. The keywords of a partial may be credentials."""
+    if isinstance(source, partial):
+        return f"{getattr(source.func, '__name__', source.func)}({', '.join(map(repr, source.args))})"
+    return repr(source)
 
 
 def _pickled(source: object) -> bytes:

@@ -10,6 +10,7 @@ import select
 import signal
 import threading
 import traceback
+from operator import index
 from typing import Any, BinaryIO
 
 from userfault._post import Post, end_with_parent
@@ -64,7 +65,7 @@ class _Desk:
 
     def __init__(self, post: Post, source: Any, chunk_bytes: int | None, cache_bytes: int) -> None:
         self.post = post
-        self.nbytes = int(source.nbytes)
+        self.nbytes = index(source.nbytes)
         self.chunk_bytes = chunk_bytes or int(getattr(source, "chunk_bytes", None) or _CHUNK_BYTES)
         if not 0 <= self.nbytes < 1 << 63 or not 1 <= self.chunk_bytes < 1 << 63:
             raise ValueError(f"it has nbytes={self.nbytes} and chunk_bytes={self.chunk_bytes}")

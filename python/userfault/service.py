@@ -24,6 +24,7 @@ from userfault._served import Served
 from userfault._source import Source
 from userfault.errors import BusyError, ClosedError, ForkedError, RangeError, SourceError, UnsupportedError
 from userfault.flags import Api, Feature, names
+from userfault.pager import Pager
 from userfault.procmaps import first_present
 from userfault.region import Region
 from userfault.stats import total
@@ -435,6 +436,8 @@ def check_serving(source: Any, readahead: Readahead, page_bytes: int) -> None:
             f"{type(source).__name__} is not a page source: {why}"
             "use one of userfault.sources: Zero, Buffer, File, Native for a C function, Pager for Python"
         )
+    if isinstance(source, Pager):
+        source.check()
     if index(page_bytes) < 1 or page_bytes % PAGE_SIZE:
         raise ValueError(f"page_bytes is a multiple of {PAGE_SIZE}, not {page_bytes}")
     if readahead != "adaptive" and (isinstance(readahead, str) or index(readahead) < 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 import uuid
 from functools import lru_cache
 from typing import Any
@@ -14,11 +15,13 @@ import numpy.typing as npt
 from userfault.errors import LimitError
 from userfault.lazy import LazyArray
 
+_opening = threading.Lock()
+
 
 class _Blocks:
     """What dask slices: a part is brought in one go when its task runs, and is not copied.
 
-    In another process it opens an array of its own; the last one stays open there for the tasks to come.
+    In another process it opens an array of its own; the last 8 stay open there for the tasks to come.
     """
 
     def __init__(self, array: LazyArray, name: str) -> None:
@@ -36,8 +39,13 @@ class _Blocks:
         return _opened, (self._name, pickle.dumps(self._array))
 
 
-@lru_cache(maxsize=1)
 def _opened(name: str, recipe: bytes) -> _Blocks:
+    with _opening:  # threads of one process ask for the same one
+        return _open(name, recipe)
+
+
+@lru_cache(maxsize=8)
+def _open(name: str, recipe: bytes) -> _Blocks:
     return _Blocks(pickle.loads(recipe), name)
 
 

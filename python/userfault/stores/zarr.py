@@ -16,6 +16,7 @@ from userfault._source import Zero
 from userfault.chunks import Cache
 from userfault.errors import SourceError
 from userfault.lazy import LazyArray, Mode, lazy_array
+from userfault.pager import PagerOptions
 from userfault.stores.boxes import Box, box_shape, boxes, chunk_box, chunks_of, overlap
 
 try:
@@ -248,7 +249,8 @@ def open_zarr(
     array = _open(store, path, how, zarr_format, storage_options)
     dtype = _plain(array)
     if array.nbytes == 0:
-        return lazy_array(Zero(), array.shape, dtype, mode=mode, **options)
+        of_array: Any = {k: v for k, v in options.items() if k not in PagerOptions.__annotations__}
+        return lazy_array(Zero(), array.shape, dtype, mode=mode, **of_array)
     if cache_bytes is None:
         cache_bytes = cache_bytes_for(array)
     if isinstance(array.store, LocalStore):
@@ -281,9 +283,16 @@ def _open(
     zarr_format: Literal[2, 3] | None,
     storage_options: dict[str, Any] | None,
 ) -> zarr.Array[Any]:
-    return zarr.open_array(
-        store, path=path or "", mode=mode, zarr_format=zarr_format, storage_options=storage_options
-    )
+    try:
+        return zarr.open_array(
+            store, path=path or "", mode=mode, zarr_format=zarr_format, storage_options=storage_options
+        )
+    except ModuleNotFoundError as error:
+        if error.name != "fsspec":
+            raise
+        raise ModuleNotFoundError(
+            "open_zarr of a URL needs fsspec: pip install 'userfault[zarr,fsspec]'", name="fsspec"
+        ) from None
 
 
 def _plain(array: zarr.Array[Any]) -> np.dtype[Any]:
