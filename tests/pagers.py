@@ -349,3 +349,10 @@ def failing(nbytes: int, password: str) -> Words:
     """A source whose every chunk fails, and that may tell nobody what it was given."""
     assert password
     return Words(nbytes, log="/nowhere/at/all")
+
+
+class Printing(Words):
+    """Says what it does."""
+
+    def trick(self, offset: int) -> None:
+        print("reading", offset)

@@ -831,3 +831,15 @@ def test_no_credentials_are_told(run: Run) -> None:
     )
     assert "cannot be had" in said
     assert "hunter2" not in said
+
+
+def test_what_a_source_prints_is_seen(run: Run) -> None:
+    """Also in a pipe, and when the pager is killed."""
+    done = run("""
+        os.environ.pop("PYTHONUNBUFFERED", None)
+        with uf.lazy_array(pagers.Printing(CHUNK)) as array:
+            assert right(array)
+        print("good")
+        """)
+    good(done)
+    assert "reading 0\n" in done.stdout

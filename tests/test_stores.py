@@ -513,3 +513,9 @@ def test_sources_pickle(tmp_path: Path) -> None:
     z = store_of(tmp_path, (10,), (5,), "f8")
     factory = functools.partial(ZarrSource, str(tmp_path / "a.zarr"), expected=((10,), z.dtype))
     assert read(pickle.loads(pickle.dumps(factory))()) == c_bytes(z[:])
+
+
+def test_an_empty_array_takes_all_options(needs_privilege: None, tmp_path: Path) -> None:
+    store_of(tmp_path, (0, 3), (5, 3), "f8")
+    with open_zarr(tmp_path / "a.zarr", workers=2, restarts=1) as a:
+        assert (a.shape, a.dtype) == ((0, 3), np.dtype("f8"))
