@@ -30,7 +30,7 @@ from userfault._regions cimport RegionTable
 from userfault._tree cimport enter, entry_t, fell, find, leave, plant, tree_t
 
 from userfault._consts import DTYPES, WIRES
-from userfault._descriptor import inherited
+from userfault._descriptor import hearers, inherited
 from userfault.errors import RecordError
 
 DEF ROUNDS = 100   # of reading a child's events and poisoning what it misses, while it goes on making some
@@ -46,13 +46,16 @@ readers = []    # and to the `EventReader`s that hear forks
 
 
 def before_fork():
-    """Wait, without the GIL, until each fork record will be read."""
+    """Wait, without the GIL, until each fork record will be read, and those before it are heeded."""
     while True:
         add_int(&forking, 1)
         if all(map(is_read, [reference() for reference in list(sharing)])):
-            return
+            break
         add_int(&forking, -1)
         time.sleep(100e-6)
+    # The child must know of all descriptors that it inherits.
+    for hearer in list(hearers):
+        hearer.settle()
 
 
 def is_read(userfaultfd):

@@ -26,6 +26,10 @@ cdef extern from "<sys/eventfd.h>" nogil:
 # children, open. Each has a method `leave_to_parent`.
 inherited = weakref.WeakSet()
 
+# What reads fork records. Each has a method `settle`, to wait until it knows of every descriptor that one has
+# brought: read() installs that, and lets fork() return, before the record is in our memory.
+hearers = weakref.WeakSet()
+
 
 def leave_to_parent():
     for one in inherited:

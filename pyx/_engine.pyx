@@ -47,7 +47,7 @@ from userfault._tree cimport empty, enter, entry_t, find, leave, tree_t
 
 from userfault import _sigbus as sigbus
 from userfault._consts import DTYPES, WIRES
-from userfault._descriptor import inherited
+from userfault._descriptor import hearers, inherited
 from userfault._fill import bucket_start
 from userfault.errors import BusyError, ClosedError, RangeError, SourceError, UffdError
 
@@ -184,6 +184,7 @@ cdef class Engine:
         except OSError:
             pass  # read-ahead learns of dropped pages one by one, and nothing is moved
         inherited.add(self)
+        hearers.add(self)
 
     def __dealloc__(self):
         cdef loop_t *loop = &self.loop
@@ -357,7 +358,7 @@ cdef class Engine:
             self.keep.pop(served.c.id, None)
 
     def settle(self):
-        """Wait until the books say what every event says that was read so far."""
+        """Wait until every event is heeded that was read so far."""
         if self.loop.own.hears_events and self.pid == getpid():
             with nogil:
                 pthread_mutex_lock(&self.loop.desk.layout)

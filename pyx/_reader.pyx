@@ -11,6 +11,7 @@ from libc.string cimport memmove
 import os
 import socket
 import stat
+import time
 import weakref
 from operator import index
 
@@ -31,7 +32,7 @@ from userfault._regions cimport RegionTable
 
 from userfault._children import readers
 from userfault._consts import DTYPES, MSG_DTYPE, V1_DTYPE, V2_DTYPE, WIRES
-from userfault._descriptor import inherited
+from userfault._descriptor import hearers, inherited
 from userfault.errors import (
     BusyError, ClosedError, EndOfRecordsError, RecordError, TruncatedRecordError,
 )
@@ -48,8 +49,9 @@ cdef int64_t NEVER = INT64_MAX
 
 
 cdef ssize_t wait_and_read(int fd, int closed_fd, int parent_closed_fd, char *into, size_t room,
-                           bint poll_first, int64_t deadline) noexcept nogil:
-    """Bytes read, 0 at the end of file, -errno, TIMED_OUT, or WOKEN by close()."""
+                           bint poll_first, int64_t deadline, int *reading) noexcept nogil:
+    """Bytes read, 0 at the end of file, -errno, TIMED_OUT, or WOKEN by close(). `reading` tells others that
+    something may be read, and stays set when something was."""
     cdef pollfd fds[3]
     cdef timespec left
     cdef int64_t nanoseconds
@@ -59,9 +61,11 @@ cdef ssize_t wait_and_read(int fd, int closed_fd, int parent_closed_fd, char *in
     while True:
         if not poll_first:
             # Reading first saves the poll whenever something is pending.
+            store_int(reading, True)
             got = c_read(fd, into, room)
             if got >= 0 or errno != EAGAIN:
                 return got if got >= 0 else -errno
+            store_int(reading, False)
             if failed:
                 return -EIO
             if deadline == 0:
@@ -113,6 +117,7 @@ cdef class EventReader:
     cdef int wire
     cdef object batch          # weak reference to the last ForkBatch
     cdef int waiting           # in read(), and not on the way out of it
+    cdef int reading           # a fork's descriptor may have come that `unowned` does not cover yet
     cdef size_t unowned        # bytes of records whose forks' descriptors are in no batch yet
     cdef object array
     cdef Py_buffer buffer
@@ -181,6 +186,7 @@ cdef class EventReader:
         if self.table is not None and Feature.EVENT_FORK in self.agreement.events:
             readers.append(weakref.ref(self, readers.remove))
             inherited.add(self)
+            hearers.add(self)
 
     def __dealloc__(self):
         if self.array is not None:
@@ -250,7 +256,7 @@ cdef class EventReader:
                     got = self.wait(fd, parent_closed_fd, data, room, deadline)
                 else:
                     got = wait_and_read(fd, closed_fd, parent_closed_fd, data + self.tail, room, poll_first,
-                                        deadline)
+                                        deadline, &self.reading)
             if got > 0:
                 self.tail += got
                 whole = self.tail // self.record
@@ -284,9 +290,10 @@ cdef class EventReader:
         while True:
             store_int(&self.waiting, True)
             got = wait_and_read(fd, self.own.closed_fd, parent_closed_fd, into + total, room - total, False,
-                                deadline)
+                                deadline, &self.reading)
             total += max(got, 0)
             self.unowned = total
+            store_int(&self.reading, False)
             first = first or got
             store_int(&self.waiting, False)
             if load_int(&forking) == 0 or total == room:
@@ -297,6 +304,11 @@ cdef class EventReader:
         """Whether a thread waits in read() of that descriptor, and will read the next record."""
         return load_int(&self.waiting) and self.own.fd == fd
 
+    def settle(self):
+        """Wait until no other thread is reading a fork's record."""
+        while load_int(&self.reading):
+            time.sleep(100e-6)
+
     def leave_to_parent(self):
         """In a fork child: close what was inherited."""
         cdef event_t event
@@ -305,6 +317,7 @@ cdef class EventReader:
             if decode_event(self.wire, <const char *>self.buffer.buf + i * self.record, &event) == FORK:
                 c_close(event.fd)
         self.unowned = 0
+        self.reading = False
 
     cdef object heard(self, int fd, size_t n):
         """Keep the books by the first n records, which may be events: the array of them."""

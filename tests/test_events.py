@@ -453,6 +453,36 @@ def test_a_fork_child_has_no_userfaultfd_of_its_siblings(wire: str, child: Child
 
 
 @forks
+@only("msg")
+def test_a_fork_child_has_no_userfaultfd_whose_record_is_still_being_read(wire: str, child: Child) -> None:
+    """The kernel lets fork() return before it copies the record: here that copy waits for a page, too."""
+    run(
+        child,
+        """
+        from userfault import _ioctl
+        region = u.map(N * PAGE, inherit=True)
+        reader, batches = uf.EventReader(u, 1 << 16), []
+        start = reader.read(0).ctypes.data & -PAGE
+        kept = np.array(page_at(start))
+        slow = _ioctl.open_by_syscall(os.O_NONBLOCK)
+        _ioctl.api(slow, 0xAA, 0)
+        _ioctl.register(slow, start, PAGE, 1)
+        libc.madvise(start, PAGE, mmap.MADV_DONTNEED)
+        thread = threading.Thread(target=lambda: batches.append(reader.read()))
+        thread.start()
+        pids = [fork(lambda: os.read(go[0], 1))]
+        assert select.select([slow], [], [], 30)[0] and not batches
+        region.close()  # no fork waits for a reader any more
+        threading.Timer(0.3, _ioctl.copy, [slow, start, kept.ctypes.data, PAGE, 0]).start()
+        pids.append(fork(lambda: userfaultfds() == [slow]))
+        thread.join()
+        os.write(go[1], b"x")
+        assert all(map(ended_well, pids))
+        """,
+    )
+
+
+@forks
 @only("v2", "msg")
 def test_shared_memory_after_close_fails_closed_in_children(wire: str, child: Child) -> None:
     poison = has(uf.Feature.POISON)

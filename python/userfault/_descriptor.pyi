@@ -4,7 +4,11 @@ from weakref import WeakSet
 class _Inherited(Protocol):
     def leave_to_parent(self) -> None: ...
 
+class _Hearer(Protocol):
+    def settle(self) -> None: ...
+
 inherited: WeakSet[_Inherited]
+hearers: WeakSet[_Hearer]
 
 def leave_to_parent() -> None: ...
 
