@@ -195,32 +195,25 @@ cdef int ask(pager_t *pager, int what, uint64_t offset, void *to, const void *da
     return result
 
 
+cdef int ask_all(pager_t *pager, int what, uint64_t offset, char *to, const char *data,
+                 size_t length) noexcept nogil:
+    """As many requests as that takes, one after the other. 0 or -errno."""
+    cdef size_t at = 0, step
+    cdef int result = 0
+    while at < length and result == 0:
+        step = min(length - at, <size_t>SLOT_BYTES)
+        result = ask(pager, what, offset + at, to + at if to != NULL else NULL,
+                     data + at if data != NULL else NULL, step)
+        at += step
+    return result
+
+
 cdef int fill_from_pager(void *ctx, uint64_t offset, void *dst, size_t length) noexcept nogil:
-    cdef size_t step
-    cdef int result
-    while length:
-        step = min(length, <size_t>SLOT_BYTES)
-        result = ask(<pager_t *>ctx, READ, offset, dst, NULL, step)
-        if result != 0:
-            return result
-        dst = <char *>dst + step
-        offset += step
-        length -= step
-    return 0
+    return ask_all(<pager_t *>ctx, READ, offset, <char *>dst, NULL, length)
 
 
 cdef int write_to_pager(void *ctx, uint64_t offset, const void *src, size_t length) noexcept nogil:
-    cdef size_t step
-    cdef int result
-    while length:
-        step = min(length, <size_t>SLOT_BYTES)
-        result = ask(<pager_t *>ctx, WRITE, offset, NULL, src, step)
-        if result != 0:
-            return result
-        src = <const char *>src + step
-        offset += step
-        length -= step
-    return 0
+    return ask_all(<pager_t *>ctx, WRITE, offset, NULL, <const char *>src, length)
 
 
 cdef int sync_pager(void *ctx) noexcept nogil:

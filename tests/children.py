@@ -7,6 +7,8 @@ processor these imports take seconds. It ends as any interpreter does, finalizat
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,8 @@ import textwrap
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import pytest
 
 from support import SLOWER, Child
 
@@ -46,6 +50,17 @@ def fork(function):
 
 def ended_well(pid):
     return os.waitpid(pid, 0)[1] == 0
+
+def together(*functions):
+    # In threads, all at once; each must answer that all is well.
+    answers = []
+    threads = [threading.Thread(target=lambda function=function: answers.append(function()))
+               for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [True] * len(functions), answers
 
 def gone(service):
     # One that has ended is followed for a while.
@@ -162,6 +177,28 @@ class Nursery:
         with self.process:
             assert self.process.stdin is not None
             self.process.stdin.close()
+
+
+def run_storm(line: list[str], folder: Path, seconds: float) -> Any:
+    """Run a script that ends by itself, killed after so many seconds; what it says by JSON."""
+    # Files, not pipes, which what hangs would hold open; and a session, to be killed as one.
+    out, err = folder / "out", folder / "err"
+    with (
+        out.open("w") as stdout,
+        err.open("w") as stderr,
+        subprocess.Popen(
+            [sys.executable, *line], stdout=stdout, stderr=stderr, start_new_session=True
+        ) as process,
+    ):
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it hangs: {err.read_text()}")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err.read_text()
+    return json.loads(out.read_text())
 
 
 def run_served(child: Child, code: str, events: bool = True, timeout: float = 60, **names: Any) -> None:

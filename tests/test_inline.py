@@ -45,17 +45,6 @@ def broken_page():
         file.truncate(0)
     return memory
 
-def together(*functions):
-    "In threads, all at once; each must answer that all is well."
-    answers = []
-    threads = [threading.Thread(target=lambda function=function: answers.append(function()))
-               for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == [True] * len(functions), answers
-
 def counter(which):
     "Install a handler of native/sigbus.c; what it counts."
     library = ctypes.CDLL(SIGBUS_LIBRARY)

@@ -43,17 +43,6 @@ def lazy(mode="r", **options):
 def right(array, pages):
     "Element by element, each a touch with the GIL held."
     return all(array[page * PAGE + 7] == expected[page * PAGE + 7] for page in pages)
-
-def together(*functions):
-    "In threads, all at once; each must answer that all is well."
-    answers = []
-    threads = [threading.Thread(target=lambda function=function: answers.append(function()))
-               for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == [True] * len(functions), answers
 """
 
 TOUCHES = {

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 
 import userfault as uf
+from children import run_storm
 from support import Child
 
 PAGE = uf.PAGE_SIZE
@@ -738,24 +737,9 @@ def test_a_budget_of_the_parents_is_not_a_fork_childs(child: Child, tmp_path: Pa
 
 def test_the_storm(tmp_path: Path) -> None:
     """`python tests/lazy_storm.py --help`: as long as you like."""
-    line = [sys.executable, str(Path(__file__).with_name("lazy_storm.py")), "--seed", "7"]
-    out, err = tmp_path / "out", tmp_path / "err"
-    with (
-        out.open("w") as stdout,
-        err.open("w") as stderr,
-        subprocess.Popen(
-            [*line, "--seconds", str(STORM_SECONDS)], stdout=stdout, stderr=stderr, start_new_session=True
-        ) as process,
-    ):
-        try:
-            process.wait(STORM_SECONDS + 150)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"it hangs: {err.read_text()}")
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err.read_text()
-    assert json.loads(out.read_text())["operations"]["reopen"]
+    script = str(Path(__file__).with_name("lazy_storm.py"))
+    told = run_storm([script, "--seed", "7", "--seconds", str(STORM_SECONDS)], tmp_path, STORM_SECONDS + 150)
+    assert told["operations"]["reopen"]
 
 
 def test_a_signal_handler_that_flushes(child: Child) -> None:

@@ -5,8 +5,6 @@ What may hang runs in a process of its own. A pager takes a fifth of a second of
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +16,7 @@ import pytest
 
 import pagers
 import userfault as uf
+from children import run_storm
 from support import Child, needs
 
 pytestmark = pytest.mark.usefixtures("needs_privilege")
@@ -743,27 +742,7 @@ def test_a_pager_has_no_descriptors_but_its_own(run: Run) -> None:
 @writes
 def test_a_storm(tmp_path: Path) -> None:
     """A few moments of `python tests/pager_storm.py`."""
-    script = HERE / "pager_storm.py"
-    out, err = tmp_path / "out", tmp_path / "err"
-    with (
-        out.open("w") as stdout,
-        err.open("w") as stderr,
-        subprocess.Popen(
-            [sys.executable, str(script), "--kills", "15", "--json"],
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-        ) as process,
-    ):
-        try:
-            process.wait(120)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"it hangs: {err.read_text()}")
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err.read_text()
-    told = json.loads(out.read_text())
+    told = run_storm([str(HERE / "pager_storm.py"), "--kills", "15", "--json"], tmp_path, 120)
     assert told["kills"] == 15
     assert told["bytes_checked"]
 
@@ -794,13 +773,17 @@ def test_a_pager_that_is_of_no_use_is_refused(run: Run) -> None:
         pager = uf.Pager(pagers.Odd(8 * CHUNK))
         array = uf.lazy_array(pager, readahead=0)
         failure(lambda: array.prefetch(slice(CHUNK, CHUNK + 1)), uf.SourceError)
-        child = os.fork()
-        if child == 0:
+        shared = lambda: "userfault pager (deleted)" in open("/proc/self/maps").read()
+        def does_nothing_to_us():
             told = failure(lambda: uf.lazy_array(pager), uf.ForkedError)
-            os._exit("fork child" not in told)
-        assert os.waitpid(child, 0)[1] == 0
+            pager.close()
+            return "fork child" in told and not shared()
+        assert shared() and ended_well(fork(does_nothing_to_us))
+        pid = pager.pid
+        assert right(array[:CHUNK]) and pid == pager.pid
         pager.close()
-        assert "its pager was closed" in failure(lambda: array.prefetch(slice(0, 1)), uf.SourceError)
+        missing = slice(2 * CHUNK, 2 * CHUNK + 1)
+        assert "its pager was closed" in failure(lambda: array.prefetch(missing), uf.SourceError)
         assert "make another" in failure(lambda: uf.lazy_array(pager), uf.SourceError)
         print("good")
         """)

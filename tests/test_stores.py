@@ -448,10 +448,8 @@ def test_to_dask(lazy: uf.LazyArray, scheduler: str) -> None:
 
 
 def check_to_dask(lazy: uf.LazyArray, scheduler: str) -> None:
-    from userfault.stores.dask import to_dask
-
-    d = to_dask(lazy, (128, 256))
-    again = to_dask(lazy)
+    d = lazy.to_dask((128, 256))
+    again = lazy.to_dask()
     assert d.name != again.name
     assert d.chunks == ((128,) * 4, (256,) * 4)
     assert (d.shape, d.dtype) == (lazy.shape, lazy.dtype)
@@ -470,27 +468,23 @@ def check_to_dask(lazy: uf.LazyArray, scheduler: str) -> None:
 
 def test_to_dask_refuses(needs_privilege: None, tmp_path: Path, lazy: uf.LazyArray) -> None:
     pytest.importorskip("dask.array")
-    from userfault.stores.dask import to_dask
-
     with uf.lazy_array(tmp_path / "numbers", (512, 1024), "f8", mode="c") as a:
         a[0, 0] = 1
         with pytest.raises(TypeError, match="changes that are this process's own"):
-            pickle.dumps(to_dask(a, 256).dask)
+            pickle.dumps(a.to_dask(256).dask)
     with pytest.raises(uf.ClosedError):
-        to_dask(a)
+        a.to_dask()
 
 
 def test_to_dask_source_error(needs_privilege: None, tmp_path: Path) -> None:
     """A source that fails is an exception in the task, not SIGBUS."""
     pytest.importorskip("dask.array")
-    from userfault.stores.dask import to_dask
-
     path = tmp_path / "short"
     path.write_bytes(bytes(MIB))
     with uf.lazy_array(path, readahead=0) as a:
         path.write_bytes(b"")
         with pytest.raises(uf.SourceError):
-            to_dask(a, 256 * KIB).sum().compute(scheduler="threads")
+            a.to_dask(256 * KIB).sum().compute(scheduler="threads")
 
 
 @pytest.mark.parametrize(

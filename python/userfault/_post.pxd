@@ -6,8 +6,9 @@
 
 from libc.stdint cimport uint64_t
 
+from userfault._ioctl cimport PAGE_SIZE
+
 cdef enum:
-    PAGE = 4096
     SLOT_BYTES = 2097152  # of data: as much as an engine's stage holds
     WORDS = 512           # of a message, with the NUL
     MOST_SLOTS = 64
@@ -49,7 +50,7 @@ ctypedef struct slot_t:
     uint64_t length
     char words[WORDS]     # why it failed
 
-# One page, a page for each slot, and then each slot's data, with the data aligned to a page.
+# Where it lies: the head has a page, each slot has one, and then comes each slot's data.
 
 cdef extern from *:
     """
@@ -74,10 +75,10 @@ cdef extern from *:
     void futex_wake "uf_futex_wake"(int *word) nogil
 
 cdef inline slot_t *slot_of(char *memory, int i) noexcept nogil:
-    return <slot_t *>(memory + PAGE * (1 + i))
+    return <slot_t *>(memory + PAGE_SIZE * (1 + i))
 
 cdef inline char *data_of(char *memory, int n_slots, int i) noexcept nogil:
-    return memory + PAGE * (1 + n_slots) + <uint64_t>SLOT_BYTES * i
+    return memory + PAGE_SIZE * (1 + n_slots) + <uint64_t>SLOT_BYTES * i
 
 cdef inline uint64_t bytes_of(int n_slots) noexcept nogil:
-    return PAGE * (1 + n_slots) + <uint64_t>SLOT_BYTES * n_slots
+    return PAGE_SIZE * (1 + n_slots) + <uint64_t>SLOT_BYTES * n_slots

@@ -84,7 +84,6 @@ class Backing:
         mode, page_bytes, readahead, on_error, serving, placement: as for `lazy_array`.
         budget: what it counts in.
         name: for messages.
-        pager: the source, if it ends with the array.
     """
 
     def __init__(
@@ -101,7 +100,6 @@ class Backing:
         serving: Serving,
         placement: Placement,
         name: str,
-        pager: Pager | None,
     ) -> None:
         self.source = source
         self.offset = offset
@@ -114,12 +112,12 @@ class Backing:
         self.serving = serving
         self.placement = placement
         self.name = name
-        self._pager = pager
+        pager = source if isinstance(source, Pager) else None
+        self._pager = pager if pager and pager._of_array else None
         self.patience = _PATIENCE_SECONDS if on_error == "retry" else 0.0
         # What waits for one pager must not hold up the pages of another.
-        alone = isinstance(source, Pager)
-        self.fillers = source.workers if isinstance(source, Pager) else 1
-        service = _new_service(self.fillers, serving, placement) if alone else service_for(serving, placement)
+        self.fillers = pager.workers if pager else 1
+        service = _new_service(self.fillers, serving, placement) if pager else service_for(serving, placement)
         userfaultfd = service._userfaultfd
         tracked = mode != "r"
         if tracked and (
@@ -166,8 +164,8 @@ class Backing:
             region.id,
             self.start,
             length,
-            service if alone else None,
-            pager,
+            service if pager else None,
+            self._pager,
         )
         self._end.atexit = False
         self._write: weakref.finalize[..., Any] | None = None

@@ -19,6 +19,7 @@ from userfault._budget import Budget
 from userfault._consts import PAGE_SIZE
 from userfault._source import File, Source, Zero
 from userfault.backing import Backing, Progress
+from userfault.blocks import as_dask
 from userfault.errors import ClosedError, SourceError, UnsupportedError
 from userfault.pager import Pager, PagerOptions, PythonSource, Recipe, is_python_source, reopen
 from userfault.selection import pages_of
@@ -149,13 +150,12 @@ class LazyArray(np.ndarray[Any, np.dtype[Any]]):
     def to_dask(self, chunks: Any = "auto") -> Any:
         """A dask array over this one, of which nothing is brought before it is computed.
 
-        Blocks are this array's own memory where tasks run in threads; a task in another process opens the
-        array anew, as pickle does. `chunks`: as for dask.array.from_array. Raises ModuleNotFoundError
-        without dask, ClosedError, ForkedError.
+        A block's bytes come when its task runs; in threads they are this array's own memory. A task in
+        another process opens the array anew: what that needs, and when it is refused, is as for pickle.
+        `chunks`: as for dask.array.from_array. Raises ModuleNotFoundError without dask, ClosedError,
+        ForkedError.
         """
-        from userfault.stores.dask import to_dask  # above us
-
-        return to_dask(self, chunks)
+        return as_dask(self, chunks)
 
     def close(self) -> None:
         """Write changes back (mode "r+"), and serve the array and all its views no more.
@@ -314,7 +314,6 @@ def lazy_array(
         )
     if memory_limit is not None:
         memory_limit.serving = serving
-    own = source
     if nbytes == 0:
         source, offset = Zero(), 0  # one page that nobody can see
     name = f"lazy array {dtype} {shape} of {source!r}"
@@ -330,7 +329,6 @@ def lazy_array(
         serving=serving,
         placement=placement,
         name=name,
-        pager=own if isinstance(own, Pager) and own._of_array else None,
     )
     if backing.user_mode_only and serving == "threads":
         warnings.warn(

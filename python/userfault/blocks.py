@@ -1,4 +1,4 @@
-"""`to_dask`: a dask array whose blocks are parts of a lazy array."""
+"""`as_dask`: a dask array whose blocks are parts of a lazy array."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import pickle
 import threading
 import uuid
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from userfault.errors import LimitError
-from userfault.lazy import LazyArray
+
+if TYPE_CHECKING:
+    from userfault.lazy import LazyArray
 
 _opening = threading.Lock()
 
@@ -49,17 +51,8 @@ def _open(name: str, recipe: bytes) -> _Blocks:
     return _Blocks(pickle.loads(recipe), name)
 
 
-def to_dask(array: LazyArray, chunks: Any = "auto") -> Any:
-    """A dask array over the lazy array; nothing of it is brought before it is computed.
-
-    A block's bytes come when its task runs: in mode "r" and "c" of threads they are the array's own memory.
-    A task in another process opens the array anew: what that needs, and when it is refused, is as for pickle.
-
-    Args:
-        chunks: as for dask.array.from_array.
-
-    Raises ModuleNotFoundError without dask, ClosedError.
-    """
+def as_dask(array: LazyArray, chunks: Any) -> Any:
+    """What `LazyArray.to_dask` says."""
     try:
         import dask.array
     except ModuleNotFoundError:
