@@ -596,11 +596,10 @@ def test_arguments_that_are_refused(path: Path, tmp_path: Path) -> None:
     def refuses(
         error: type[Exception], match: str | None, source: Any = path, *rest: Any, **options: Any
     ) -> None:
-        before = regions()
         with pytest.raises(error, match=match):
             uf.lazy_array(source, *rest, **options)
-        assert regions() == before
 
+    before = regions()
     for order in ("A", "K", "f", None, ""):
         refuses(ValueError, "order is", path, 3, "u1", order)
     for dtype in ("O", [("x", "O")], [("x", "u1"), ("y", [("z", "O", 2)])]):
@@ -637,6 +636,7 @@ def test_arguments_that_are_refused(path: Path, tmp_path: Path) -> None:
     refuses(uf.SourceError, "regular file", tmp_path)
     for source, remedy in ((File(path), "writable=True"), (Zero(), "write"), (Buffer(b"ab"), "write")):
         refuses(uf.SourceError, remedy, source, 1, mode="r+")
+    assert regions() == before
 
 
 @writes

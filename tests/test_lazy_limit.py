@@ -573,7 +573,7 @@ def test_nobody_is_left_asleep(child: Child, tmp_path: Path, mode: str) -> None:
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + 50
-        for _ in range(40):
+        for _ in range(20):
             before = list(rounds)
             while any(now == then for now, then in zip(rounds, before)):
                 assert time.monotonic() < deadline, sum(now == then for now, then in zip(rounds, before))
