@@ -5,7 +5,7 @@ already is filled into it and copied from there; a whole huge page is moved from
 instead, which costs no copy and leaves the region mapped huge.
 """
 
-from libc.errno cimport EBUSY, EAGAIN, EINVAL, ENOBUFS, ENODATA, ENOENT
+from libc.errno cimport EBUSY, EAGAIN, EEXIST, EINVAL, ENOBUFS, ENODATA, ENOENT
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport abort
 from libc.string cimport memset
@@ -185,10 +185,10 @@ cdef int move(worker_t *worker, const entry_t *entry, served_t *served, uint64_t
     if not claim(worker, entry, served, address, STAGE_BYTES):
         return -EBUSY
     result = uffd_move(worker.space.fd, address, <uintptr_t>worker.stage, STAGE_BYTES, mode, &done)
+    came(worker, served, first, done // PAGE_SIZE, want, want_end)
     disclaim(worker)
     worker.counters.ioctls += 1
     count(&served.counters.ioctls, 1)
-    came(worker, served, first, done // PAGE_SIZE, want, want_end)
     worker.counters.moved += done // PAGE_SIZE
     count(&served.counters.moved, done // PAGE_SIZE)
     if result != 0:
@@ -217,28 +217,31 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
         while True:
             address = entry.base + first * PAGE_SIZE
             copying = mode
+            done = 0
             if not claim(worker, entry, served, address, step * PAGE_SIZE):
                 result = -ENOENT
-                done = 0
-            elif source:
-                open = False
-                if served.hold != NULL and served.hold.changed != NULL:
-                    open = lock_changed(served, first, first + step, &step)
-                    copying |= 0 if open else _abi.UFFDIO_COPY_MODE_WP
-                result = uffd_copy(worker.space.fd, address, origin + first * PAGE_SIZE, step * PAGE_SIZE,
-                                   copying, &done)
-                if open:
-                    # Its writer is awake, and may flush.
-                    take_in(served, first, first + done // PAGE_SIZE, worker.visits)
-                    pthread_mutex_unlock(&served.hold.budget.lock)
-                disclaim(worker)
             else:
-                result = uffd_zeropage(worker.space.fd, address, step * PAGE_SIZE, mode, &done)
+                if source:
+                    open = False
+                    if served.hold != NULL and served.hold.changed != NULL:
+                        open = lock_changed(served, first, first + step, &step)
+                        copying |= 0 if open else _abi.UFFDIO_COPY_MODE_WP
+                    result = uffd_copy(worker.space.fd, address, origin + first * PAGE_SIZE,
+                                       step * PAGE_SIZE, copying, &done)
+                    if open:
+                        # Its writer is awake, and may flush.
+                        take_in(served, first, first + done // PAGE_SIZE, worker.visits)
+                        pthread_mutex_unlock(&served.hold.budget.lock)
+                else:
+                    result = uffd_zeropage(worker.space.fd, address, step * PAGE_SIZE, mode, &done)
+                # An event that is read next may say that they are gone again.
+                done //= PAGE_SIZE
+                came(worker, served, first, done, want, want_end)
+                if result == -EEXIST:
+                    there(served, first + done, first + done + 1, worker.visits)
                 disclaim(worker)
             worker.counters.ioctls += 1
             count(&served.counters.ioctls, 1)
-            done //= PAGE_SIZE
-            came(worker, served, first, done, want, want_end)
             first += done
             if result == 0:
                 decision = RETRY
@@ -266,7 +269,6 @@ cdef void resolve(worker_t *worker, const entry_t *entry, served_t *served, uint
             return
         if decision == NEXT:
             # Somebody else brought the page: its faulting thread may still sleep.
-            there(served, first, first + 1, worker.visits)
             uffd_wake(worker.space.fd, address, PAGE_SIZE)
             worker.counters.ioctls += 1
             count(&served.counters.ioctls, 1)
