@@ -23,6 +23,7 @@ from userfault._post cimport (
     ASKED, DONE, ENDED, FAILED, IDLE, MOST_SLOTS, READ, READY, SLOT_BYTES, STARTING, SYNC, WORDS, WRITE,
     bytes_of, data_of, futex_wait, futex_wake, head_t, slot_of, slot_t,
 )
+from userfault._say cimport make_printable
 from userfault._source cimport Source
 
 from userfault._descriptor import inherited
@@ -145,18 +146,13 @@ cdef void note_words(pager_t *pager, uint64_t offset, uint64_t length, int error
                      size_t size) noexcept nogil:
     """Keep why a request failed; the pager's bytes may be any. With the lock held."""
     cdef failure_t *failure = &pager.failures[pager.n_failures % FAILURES]
-    cdef size_t i
     pager.n_failures += 1
     failure.offset = offset
     failure.length = length
     failure.error = error
-    for i in range(size - 1):
-        failure.words[i] = words[i]
-        if words[i] == 0:
-            break
-        if 0 < words[i] < 32 or words[i] == 127:
-            failure.words[i] = b"?"
+    memcpy(failure.words, words, size)  # before it is looked at: the pager may write there meanwhile
     failure.words[size - 1] = 0
+    make_printable(failure.words)
 
 
 cdef int ask(pager_t *pager, int what, uint64_t offset, void *to, const void *data,

@@ -16,6 +16,7 @@ import numpy as np
 
 CHUNK = 64 << 10
 PAGE = 4096
+SYS_FUTEX, FUTEX_WAKE = 202, 1
 
 # LOG is the path of a file for `Words`, TESTS that of this folder.
 SET_UP = """
@@ -218,6 +219,21 @@ TRICKS: list[tuple[Callable[[memoryview], object], str]] = [
 ]
 
 
+# What no terminal should be given, with what is shown for it: controls (also U+009B, as UTF-8 has it), and
+# bytes that are no character. Then characters at the bounds of each length.
+RUDE = {
+    b"\x1b[2J\x7f": "?[2J?",
+    b"\xc2\x9b3J\x9b": "??3J?",
+    b"\xc3 \xc0\xaf \xe0\x9f\xbf": "? ?? ???",
+    b"\xed\xa0\x80 \xf4\x90\x80\x80": "??? ????",
+    b"\xf0\x8f\xbf\xbf \xf8\x90\x80\x80 \xff": "???? ???? ?",
+} | {
+    char.encode(): char
+    for char in ("\xa1", "\u07ff", "\u0800", "\ud7ff", "\ue000", "\uffff", "\U00010000", "\U0010ffff")
+}
+RUDE_BYTES = b"".join(RUDE).ljust(510, b"=") + "é".encode()  # which does not fit: words have 512, with a NUL
+
+
 class Odd(Words):
     """Its chunk i does TRICKS[i - 1]; the others are well."""
 
@@ -291,6 +307,26 @@ class Abrupt(Words):
                 ctypes.c_uint64.from_address(memory + 32).value += 1
                 state.value = 2
         os._exit(5)
+
+
+class Rude(Words):
+    """Refuses its second and third chunks with bytes that no terminal should be given, and dies of it."""
+
+    def __repr__(self) -> str:
+        return "\n\udcff" + 200 * "é"
+
+    def trick(self, offset: int) -> None:
+        if offset not in (CHUNK, 2 * CHUNK):
+            return
+        memory, slots = shared(), 2
+        for at in range(memory + PAGE, memory + PAGE * (1 + slots), PAGE):
+            state = ctypes.c_int.from_address(at)
+            if state.value == 1 and ctypes.c_uint64.from_address(at + 16).value == offset:
+                ctypes.memmove(at + 32, RUDE_BYTES, len(RUDE_BYTES))
+                ctypes.c_int.from_address(at + 8).value = -errno.EIO
+                state.value = 2
+                ctypes.CDLL(None).syscall(SYS_FUTEX, ctypes.c_void_p(at), FUTEX_WAKE, 1)
+                os._exit(5)
 
 
 class Hostile(Words):

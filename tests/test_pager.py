@@ -5,6 +5,7 @@ What may hang runs in a process of its own. A pager takes a fifth of a second of
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,24 @@ def test_a_source_fails_in_its_own_words(run: Run) -> None:
         assert told in line, (told, line)
         assert line.isprintable(), line
     assert "chunk 2 is corrupt" in said[: said.index(lines[1])]  # its traceback
+
+
+def test_what_a_terminal_obeys_is_not_shown(run: Run) -> None:
+    """Of a pager that says what it likes: a message is characters, also where it is cut."""
+    shown = "".join(pagers.RUDE.values())
+    said = good(
+        run(f"""
+        array = uf.lazy_array(pagers.Rude(4 * CHUNK), workers=2, readahead=0)
+        assert {shown!r} in failure(lambda: array.prefetch(slice(CHUNK, CHUNK + 1)), uf.SourceError)
+        assert by_system_call(array, 2 * CHUNK) == errno.EFAULT
+        assert right(array[:CHUNK])
+        print("good")
+        """)
+    )
+    (line,) = [line for line in said.splitlines() if "cannot be had" in line]
+    # 240 bytes of the name, the last of them half a character.
+    name = r"lazy array uint8 \(262144,\) of Pager\(\?\\udcffé+\?"
+    assert re.fullmatch(rf"userfault: {name}: byte 131072 cannot be had: {re.escape(shown)}=+\?", line)
 
 
 def test_a_failure_that_cannot_be_shown_is_told(run: Run) -> None:

@@ -145,7 +145,7 @@ class Backing:
             self.first_byte,
             self.first_byte + nbytes,
             self.patience,
-            name.encode()[:_LONGEST_NAME],
+            name.encode(errors="backslashreplace")[:_LONGEST_NAME],
         )
         self.huge = hold.welcomes_huge_pages
         self._served = service._attach(region, source, readahead, page_bytes, start, hold)
