@@ -505,7 +505,8 @@ toucher = Toucher(region, 3)
 until(lambda: hits() > 4)
 at_most(hits, 1)
 stop()
-assert toucher.result() == page_of(data, 3)  # which can be had again
+# Which can be had again; but the poison may just have been about to be tried.
+assert toucher.result() in (page_of(data, 3), EFAULT)
 """
         )
 
@@ -663,7 +664,7 @@ def test_what_a_worker_parks_is_tried_again(shimmed: Shimmed) -> None:
         assert toucher.result() == page_of(data, 3)
         stats = settled(pages=1, parked=3)
         # A try that finds the worker still at its end wakes the thread instead, whose new fault is handed on.
-        assert hits() == 3 and stats["handed"] >= 4
+        assert hits() == 3 and stats["handed"] >= 4, (hits(), stats)
         """)
 
 
