@@ -3,6 +3,7 @@
 # make lint: formatting, types, stubs, and a build without warnings. make clean: start over.
 # make lab: build and boot kernels that speak v1 and v2, and run the suite in them (LAB_APT=1 installs what it needs).
 # make sanitize: build with AddressSanitizer and UndefinedBehaviorSanitizer, and run the suite under them.
+# make delays: the suite with threads that are late at random (DELAYS=3: after every third call).
 # make soak: everything at once on the real kernel, every byte checked (SOAK='--seconds 3600 --seed 7').
 # make baseline: compare instruction counts with bench/baseline.json; make baseline-lab: those of the lab.
 
@@ -13,6 +14,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pyx/*) $(shell find python -name '*.py' -o -name '*.pyi' -o -name '*.pxd')
 
 SOAK ?= --seconds 300
+DELAYS ?= 8
 TESTS ?= tests
 
 # Signals: the suite expects deaths by SIGBUS and SIGSEGV. Leaks: CPython leaves memory behind at its end. malloc: so
@@ -27,7 +29,7 @@ SANITIZED = LD_PRELOAD="$$asan" PYTHONPATH=$(CURDIR)/build/sanitize/lib PYTHONMA
 # sanitizer's mlock does nothing, it ends where there is no mapping to be had, and it keeps what was freed in memory.
 NOT_SANITIZED := no_python build bench_cli lab_unit
 
-.PHONY: demo test lint lab sanitize soak baseline baseline-lab clean tools
+.PHONY: demo test lint lab sanitize delays soak baseline baseline-lab clean tools
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/userfault demo
@@ -58,6 +60,13 @@ sanitize: $(VENV)/test.stamp
 		-k 'not locked and not out_of_mappings and not ten_times_larger and not memory_cgroup' \
 		|| status=$$?; \
 	! cat build/sanitize/report.* 2>/dev/null || status=1; exit $$status
+
+# Not tested: what needs threads that are quick, and distributions.
+delays: $(VENV)/test.stamp
+	mkdir -p build
+	$(CC) -O2 -Wall -Wextra -Werror -shared -fPIC -o build/delays.so tests/native/delays.c -ldl
+	DELAYS=$(DELAYS) LD_PRELOAD=$(CURDIR)/build/delays.so $(BIN)/python -m pytest $(TESTS) -p no:cacheprovider \
+		--benchmark-disable --ignore tests/test_build.py -k 'not a_pair_shares'
 
 soak: $(VENV)/test.stamp
 	$(BIN)/python tests/soak.py $(SOAK)

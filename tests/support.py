@@ -24,7 +24,7 @@ KERNEL_WIRES = tuple(str(api) for api in KERNEL.apis)
 
 # In bench/lab's guest. Its processor is emulated: less is tried there, and everything takes longer.
 LAB = "LAB_KERNEL" in os.environ
-SLOWER = 10 if LAB else 1
+SLOWER = 10 if LAB else 3 if "DELAYS" in os.environ else 1
 
 # Without CAP_SYS_PTRACE there are no fork events. In CI that is a failure.
 forks = pytest.mark.skipif(
