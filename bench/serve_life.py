@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import threading
@@ -77,9 +78,11 @@ def idle(setting: Setting) -> Iterator[Row]:
         with served(setting.data, "memory", setting.sizes.data, placement) as (_, region):
             touch(region, offsets, setting.data.memory[offsets], 1)
             time.sleep(setting.sizes.idle)
-            cpu, switches = others()
+            before = others()
             time.sleep(setting.sizes.idle)
-            cpu, switches = (after - before for after, before in zip(others(), (cpu, switches), strict=True))
+            after = others()
+        both = before.keys() & after.keys()
+        cpu, switches = (sum(after[number][i] - before[number][i] for number in both) for i in range(2))
         ms = cpu / 1e6 / setting.sizes.idle
         yield {
             "workload": "idle",
@@ -96,16 +99,18 @@ def idle(setting: Setting) -> Iterator[Row]:
         }
 
 
-def others() -> tuple[int, int]:
-    """Nanoseconds of CPU time, and context switches, of all threads but this one."""
-    cpu = switches = 0
+def others() -> dict[int, tuple[int, int]]:
+    """Nanoseconds of CPU time, and context switches, of each thread but this one."""
+    found = {}
     for task in Path("/proc/self/task").iterdir():
         number = int(task.name)
-        if number != threading.get_native_id():
-            cpu += time.clock_gettime_ns(~number << 3 | 6)  # a thread's CPU clock, as Linux numbers them
+        if number == threading.get_native_id():
+            continue
+        with contextlib.suppress(OSError):  # it has just ended
+            cpu = time.clock_gettime_ns(~number << 3 | 6)  # a thread's CPU clock, as Linux numbers them
             lines = (task / "status").read_text().splitlines()
-            switches += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
-    return cpu, switches
+            found[number] = cpu, sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+    return found
 
 
 # -- close() -----------------------------------------------------------------------------------------------
