@@ -162,9 +162,13 @@ cdef ssize_t attend(loop_t *loop, space_t *space) noexcept nogil:
     cdef size_t record = 8 if loop.wire == _abi.WIRE_V1 else 16 if loop.wire == _abi.WIRE_V2 else 32
     cdef size_t n_faults = 0
     cdef ssize_t got
+    cdef int ticket
     loop.worker.space = space
     if space.hears_events:
         pthread_mutex_lock(&loop.desk.layout)
+    # From before the read on: whoever unmaps memory waits (`quiesce`) until the faults that were read there are
+    # served. Those of what is mapped there next would be failed closed, or filled, and nobody asked for that.
+    ticket = enter(space.tree)
     got = c_read(space.fd, loop.records, CAPACITY * record)
     if got < 0:
         got = -errno
@@ -175,10 +179,9 @@ cdef ssize_t attend(loop_t *loop, space_t *space) noexcept nogil:
         n_faults = decode(loop, got)
     if space.hears_events:
         pthread_mutex_unlock(&loop.desk.layout)
-    if got == -ENFILE:
-        return -EMFILE
     serve(loop, n_faults, loop.worker.since)
-    return got
+    leave(space.tree, ticket)
+    return -EMFILE if got == -ENFILE else got
 
 
 cdef bint tend(loop_t *loop) noexcept nogil:

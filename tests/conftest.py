@@ -31,7 +31,7 @@ _NATIVE_ONLY = (
     *("abi", "bench_cli", "bounce", "build", "cli", "errno_kernel", "errno_shim", "kernel_selftests"),
     *("lab_unit", "lease", "no_python", "rfc_model", "shared_memory", "soak", "sources", "victim"),
     *("examples", "lazy_array", "lazy_fail", "lazy_gil", "lazy_limit", "lazy_writes", "selection"),
-    *("chunks", "inline", "pager", "stores", "write_protect"),
+    *("chunks", "inline", "late", "pager", "stores", "write_protect"),
 )
 collect_ignore = [*(f"test_{name}.py" for name in _NATIVE_ONLY), "native"] if LAB else []
 
