@@ -3,7 +3,7 @@
 # make lint: formatting, types, stubs, and a build without warnings. make clean: start over.
 # make lab: build and boot kernels that speak v1 and v2, and run the suite in them (LAB_APT=1 installs what it needs).
 # make sanitize: build with AddressSanitizer and UndefinedBehaviorSanitizer, and run the suite under them.
-# make delays: the suite with threads that are late at random (DELAYS=3: after every third call).
+# make delays: the suite with threads that are late at random (DELAYS=3: after one call in three).
 # make soak: everything at once on the real kernel, every byte checked (SOAK='--seconds 3600 --seed 7').
 # make baseline: compare instruction counts with bench/baseline.json; make baseline-lab: those of the lab.
 

@@ -166,8 +166,8 @@ cdef ssize_t attend(loop_t *loop, space_t *space) noexcept nogil:
     loop.worker.space = space
     if space.hears_events:
         pthread_mutex_lock(&loop.desk.layout)
-    # From before the read on: whoever unmaps memory waits (`quiesce`) until the faults that were read there are
-    # served. Those of what is mapped there next would be failed closed, or filled, and nobody asked for that.
+    # From before the read on: whoever unmaps memory waits (`quiesce`) until the faults that were read there
+    # are served. Else they would be taken for faults of what is mapped there next.
     ticket = enter(space.tree)
     got = c_read(space.fd, loop.records, CAPACITY * record)
     if got < 0:

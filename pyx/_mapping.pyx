@@ -112,10 +112,10 @@ cdef class Mapping:
                 if found and piece.id == self.region and piece.base == self.start:
                     # First unregister: with the unmap event on, munmap would wait for a reader.
                     uffd_unregister(self.descriptor.fd, piece.start, piece.end - piece.start)
-                    # The faults that an engine has read here may not be taken for those of what lies here next.
+                    # No fault that an engine has read here may be taken for one of what comes here next.
                     quiesce(&self.table.tree)
                     if piece.payload != NULL:
-                        # Whoever should have detached it was interrupted: nor may anybody still be filling it.
+                        # Whoever should have detached it was interrupted: nobody may still be filling it.
                         while load_int(&(<served_t *>piece.payload).users):
                             usleep(20)
                     munmap(<void *>piece.start, piece.end - piece.start)

@@ -30,7 +30,7 @@ print("good")
 
 
 def test_faults_of_memory_that_has_gone(tmp_path: Path) -> None:
-    """A worker has brought a page, and the array is gone, when the reading thread comes to its fault: that was
+    """A worker has brought a page, and the array is gone, when the reading thread comes to its fault: it was
     served in the next array, or a page of that was poisoned before it had a source."""
     library = tmp_path / "delays.so"
     source = Path(__file__).parent / "native/delays.c"

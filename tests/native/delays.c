@@ -1,4 +1,4 @@
-/* LD_PRELOADed: every so many (DELAYS=8) of the calls after which other threads go on return up to 3 ms late, in
+/* LD_PRELOADed: one in so many (DELAYS=8) of the calls after which other threads go on returns up to 3 ms late, in
    all threads but the first. What is only right while nobody is late, in the library or in a test, fails.
 */
 
